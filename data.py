@@ -1,0 +1,545 @@
+"""From a line of JSON to a batch on the device: every step one function, nothing mutable on the way.
+
+    {"prompt": ..., "completion": ..., "label": true}     a line of a file
+      read      -> Feedback | Pair       typed, immutable; every complaint names file and row
+      encode    -> Row                   ids = prompt ++ response ++ [end-of-text], mask = 0..0 1..1
+      batches   -> Batch                 rows of one global batch, and for each row a partner with another prompt
+      flatten   -> Flat                  one flat row of tokens on the device; nobody ever sees a pad
+
+What a row trains is its MASK: a float per token, 1 on the response. Prompt and response are encoded apart and joined, so
+no token straddles the border, and text from users is always plain text: "</s>" in a file never becomes a control token.
+
+`python data.py FILE` shows the first batch in colour.
+"""
+
+import base64
+import json
+import math
+import os
+import re
+import sys
+from collections import Counter
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import tiktoken
+import torch
+
+
+# --- files to examples ------------------------------------------------------------------------------------------------
+
+class Turn(NamedTuple):
+    role: str                                     # system, user, assistant, tool
+    content: str
+
+
+@dataclass(frozen=True, slots=True)
+class Feedback:
+    """One response with a thumb up or down."""
+    prompt: str | tuple[Turn, ...]
+    completion: str
+    desirable: bool
+    whole: bool = True                            # False: the completion was cut when it was sampled, so it has no end
+    where: str = ""                               # file and row, for messages
+
+
+@dataclass(frozen=True, slots=True)
+class Pair:
+    """Two responses to one prompt, the first preferred. Scores where the file has them."""
+    prompt: str | tuple[Turn, ...]
+    chosen: str
+    rejected: str
+    score_chosen: float | None = None
+    score_rejected: float | None = None
+    where: str = ""
+
+
+def read(files, *, columns=None, threshold=None):
+    """Examples of one or several files (.jsonl: a JSON object per line; .json: an array of objects) and the format's name.
+
+    columns: {"prompt": "question", ...} renames the file's columns to ours first.
+    threshold: turns a numeric `reward` (or `score`) into a label: desirable if and only if reward > threshold.
+    Raises SystemExit with one line that names the file, the row and what would have been valid.
+    """
+    examples, formats = [], Counter()
+    for file in [files] if isinstance(files, (str, Path)) else files:
+        for where, record in _records(Path(file)):
+            name, example = parse(record, where, columns=columns or {}, threshold=threshold)
+            formats[name] += 1
+            examples.append(example)
+    if not examples:
+        raise SystemExit(f"--data {files}: no rows in it")
+    if len({type(e) for e in examples}) > 1:
+        raise SystemExit(f"--data {files}: mixes pairs and single responses ({', '.join(formats)}); give them in separate runs")
+    return examples, ", ".join(formats)
+
+
+def _records(file):
+    if not file.is_file():
+        raise SystemExit(f"--data {file}: no such file")
+    try:
+        text = file.read_bytes().decode("utf-8-sig")
+    except UnicodeDecodeError as e:
+        raise SystemExit(f"--data {file}: not UTF-8 at byte {e.start}")
+    except OSError as e:
+        raise SystemExit(f"--data {file}: {e.strerror}")
+    if not text.strip():
+        raise SystemExit(f"--data {file}: the file is empty")
+    if text.lstrip()[0] == "[":
+        try:
+            rows = json.loads(text)
+        except json.JSONDecodeError as e:
+            raise SystemExit(f"--data {file}: line {e.lineno}: broken JSON ({e.msg})")
+        yield from ((f"{file}: record {i}", r) for i, r in enumerate(rows, 1))
+        return
+    for i, line in enumerate(text.split("\n"), 1):     # not splitlines: it also breaks at form feeds and U+0085 inside strings
+        if line.strip():
+            try:
+                yield f"{file}: line {i}", json.loads(line)
+            except json.JSONDecodeError as e:
+                raise SystemExit(f"--data {file}: line {i}: broken JSON ({e.msg}); expected one object per line, or one array")
+
+
+# name -> columns that must be there; the first format whose columns are all there is taken
+FORMATS = {
+    "paired conversations": ("conversations", "chosen", "rejected"),
+    "prompt, chosen, rejected": ("prompt", "chosen", "rejected"),
+    "messages + label": ("messages", "label"),
+    "conversations + label": ("conversations", "label"),
+    "prompt, completion, label": ("prompt", "completion", "label"),
+    "scored: prompt, completion, reward": ("prompt", "completion", "reward"),
+}
+ALIASES = {"text": "completion", "response": "completion", "score": "reward", "kto_tag": "label"}
+
+
+def parse(record, where="", *, columns=None, threshold=None):
+    """One JSON object to (format name, Feedback or Pair)."""
+    if not isinstance(record, dict):
+        raise SystemExit(f"{where}: expected a JSON object with columns, got {type(record).__name__}")
+    for ours, theirs in (columns or {}).items():
+        if theirs not in record:
+            raise SystemExit(f"{where}: --columns {ours}={theirs}, but the row has {', '.join(record)}")
+        record = {**record, ours: record[theirs]}
+    for theirs, ours in ALIASES.items():
+        if theirs in record and ours not in record:
+            record = {**record, ours: record[theirs]}
+    name = next((n for n, needs in FORMATS.items() if all(k in record for k in needs)), None)
+    if name is None:
+        raise SystemExit(f"{where}: unknown format with columns {', '.join(record) or '(none)'}; known: "
+                         + "; ".join(" + ".join(needs) for needs in FORMATS.values()))
+
+    if "chosen" in FORMATS[name]:
+        prompt = _prompt(record["conversations" if name.startswith("paired") else "prompt"], where)
+        score = {k: _number(record[k], k, where) for k in ("score_chosen", "score_rejected") if record.get(k) is not None}
+        return name, Pair(prompt, _answer(record["chosen"], "chosen", where), _answer(record["rejected"], "rejected", where),
+                          where=where, **score)
+    if "label" in FORMATS[name]:
+        desirable = _label(record["label"], where)
+    elif threshold is None:
+        raise SystemExit(f"{where}: scored rows need --threshold NUMBER (desirable: reward > NUMBER)")
+    else:
+        desirable = _number(record["reward"], "reward", where) > threshold
+    whole = not (record.get("truncated") or record.get("finish_reason") == "length")
+    if "prompt" in FORMATS[name]:
+        prompt, completion = _prompt(record["prompt"], where), _answer(record["completion"], "completion", where)
+    else:                                                       # a conversation: its last turn is what the label is about
+        turns = _turns(record["messages" if "messages" in FORMATS[name] else "conversations"], where)
+        if turns[-1].role != "assistant":
+            raise SystemExit(f"{where}: the last message is the {turns[-1].role}'s; the label needs an assistant's answer there")
+        prompt, completion = turns[:-1], turns[-1].content
+    return name, Feedback(prompt, completion, desirable, whole, where)
+
+
+def _label(x, where):
+    """Strictly true/false, 1/0 or +1/-1. A guess from text ("true", "good") would one day guess wrong."""
+    if isinstance(x, (bool, int)) and x in (-1, 0, 1):
+        return x == 1
+    raise SystemExit(f"{where}: label is {x!r}; valid are true, false, 1, 0, -1")
+
+
+def _number(x, column, where):
+    if isinstance(x, bool) or not isinstance(x, (int, float)) or not math.isfinite(x):
+        raise SystemExit(f"{where}: {column} is {x!r}; expected a finite number")
+    return float(x)
+
+
+def _prompt(x, where):
+    return x if isinstance(x, str) else _turns(x, where)
+
+
+def _answer(x, column, where):
+    if isinstance(x, str):
+        return x
+    turns = _turns(x if isinstance(x, list) else [x], where)
+    if len(turns) != 1 or turns[0].role != "assistant":
+        raise SystemExit(f"{where}: {column} must be a text or one assistant message, got roles {[t.role for t in turns]}")
+    return turns[0].content
+
+
+ROLES = {"human": "user", "gpt": "assistant", "user": "user", "assistant": "assistant", "system": "system", "tool": "tool",
+         "function_call": "assistant", "observation": "tool"}
+
+
+def _turns(x, where):
+    """A list of messages, {role, content} or LLaMA-Factory's {from, value}, as a tuple of turns."""
+    turns = []
+    for m in x if isinstance(x, list) and x else [None]:
+        role, content = (m.get("role", m.get("from")), m.get("content", m.get("value"))) if isinstance(m, dict) else (None, None)
+        if role not in ROLES or not isinstance(content, str):
+            raise SystemExit(f"{where}: expected a text or a list of messages with a role ({', '.join(ROLES)}) and a text content")
+        turns.append(Turn(ROLES[role], content))
+    return tuple(turns)
+
+
+def to_feedback(examples):
+    """Pairs become labels: the chosen response is desirable, the rejected one undesirable. Feedback passes through."""
+    out = []
+    for e in examples:
+        out += [e] if isinstance(e, Feedback) else [Feedback(e.prompt, e.chosen, True, True, e.where),
+                                                    Feedback(e.prompt, e.rejected, False, True, e.where)]
+    return out
+
+
+# --- tokenizers -------------------------------------------------------------------------------------------------------
+
+EOT = "<|endoftext|>"
+
+
+class Tokenizer:
+    """A tiktoken.Encoding or a Hugging Face tokenizer behind four words: encode, decode, eot, prompt_ids."""
+
+    def __init__(self, backend):
+        self.backend, self.hf = backend, not isinstance(backend, tiktoken.Encoding)
+        if self.hf:
+            if backend.eos_token_id is None:
+                raise SystemExit("--model: its tokenizer has no end-of-text token (eos_token); add one to tokenizer_config.json")
+            self.eot, self.vocab_size = backend.eos_token_id, len(backend)
+            probe = backend("a").input_ids                                 # "BOS as the tokenizer says": ask it
+            self.bos = [backend.bos_token_id] if probe and probe[0] == backend.bos_token_id else []
+        else:
+            self.eot, self.vocab_size, self.bos = backend.encode_single_token(EOT), backend.n_vocab, []
+
+    def encode(self, text):
+        """Tokens of plain text: text that spells a special token stays text."""
+        if not self.hf:
+            return self.backend.encode_ordinary(text)
+        return self.backend(text, add_special_tokens=False, split_special_tokens=True).input_ids
+
+    def decode(self, ids):
+        ids = [int(i) for i in ids]
+        if not self.hf:
+            return self.backend.decode([i for i in ids if i < self.backend.n_vocab])
+        return self.backend.decode(ids, clean_up_tokenization_spaces=False)
+
+    def text(self, ids):
+        """A response as text: without its end-of-text."""
+        return self.decode([i for i in ids if i != self.eot])
+
+    def prompt_ids(self, prompt):
+        """A text is encoded as it is. A conversation goes through the model's chat template; without one, through this:
+
+        each turn is "User:\\n" (or System, Assistant, Tool), its content and a blank line; then "Assistant:\\n".
+        """
+        if isinstance(prompt, str):
+            return self.bos + self.encode(prompt)
+        if self.hf and self.backend.chat_template:
+            return self._chat_ids(prompt)
+        text = "".join(f"{t.role.capitalize()}:\n{t.content}\n\n" for t in prompt)
+        return self.bos + self.encode(text + "Assistant:\n")
+
+    def _chat_ids(self, turns):
+        """The template is rendered around markers and each content encoded apart, so that only the template's own text can
+        become a control token."""
+        marks = [f"\u27e6{i}:content\u27e7" for i in range(len(turns))]
+        text = self.backend.apply_chat_template([{"role": t.role, "content": m} for t, m in zip(turns, marks)],
+                                                tokenize=False, add_generation_prompt=True)
+        ids = []
+        for piece in re.split("(" + "|".join(map(re.escape, marks)) + ")", text):
+            content = turns[marks.index(piece)].content if piece in marks else None
+            ids += self.backend(piece, add_special_tokens=False).input_ids if content is None else self.encode(content)
+        return ids
+
+    def save(self, folder):
+        if self.hf:
+            self.backend.save_pretrained(folder)
+            return
+        b = self.backend
+        ranks = [base64.b64encode(token).decode() for token, _ in sorted(b._mergeable_ranks.items(), key=lambda x: x[1])]
+        (Path(folder) / "tiktoken.json").write_text(json.dumps(
+            dict(name=b.name, pat_str=b._pat_str, mergeable_ranks=ranks, special_tokens=b._special_tokens)))
+
+
+def load_tokenizer(folder=None):
+    """A tokenizer: bytes (no folder), ours (tiktoken.json), GPT-2's (vocab.bpe + encoder.json), or a Hugging Face folder."""
+    if folder is None:
+        return Tokenizer(tiktoken.Encoding("bytes", pat_str=r"[^\n]+|\n", special_tokens={EOT: 256},
+                                           mergeable_ranks={bytes([i]): i for i in range(256)}))
+    folder = Path(folder)
+    if (folder / "tiktoken.json").is_file():
+        d = json.loads((folder / "tiktoken.json").read_text())
+        return Tokenizer(tiktoken.Encoding(d["name"], pat_str=d["pat_str"], special_tokens=d["special_tokens"],
+                                           mergeable_ranks={base64.b64decode(t): i for i, t in enumerate(d["mergeable_ranks"])}))
+    if (folder / "vocab.bpe").is_file() and (folder / "encoder.json").is_file():
+        from tiktoken.load import data_gym_to_mergeable_bpe_ranks
+        from tiktoken_ext.openai_public import r50k_pat_str
+        os.environ.setdefault("TIKTOKEN_CACHE_DIR", "")                # tiktoken would cache local files by path, and go stale
+        ranks = data_gym_to_mergeable_bpe_ranks(str(folder / "vocab.bpe"), str(folder / "encoder.json"))
+        return Tokenizer(tiktoken.Encoding("gpt2", pat_str=r50k_pat_str, mergeable_ranks=ranks, special_tokens={EOT: len(ranks)}))
+    if not any((folder / f).is_file() for f in ("tokenizer.json", "tokenizer.model", "tokenizer_config.json")):
+        raise SystemExit(f"--tokenizer {folder}: no tokenizer there; expected tiktoken.json, vocab.bpe + encoder.json, or tokenizer.json")
+    from transformers import AutoTokenizer
+    return Tokenizer(AutoTokenizer.from_pretrained(folder, local_files_only=True))
+
+
+# --- examples to rows -------------------------------------------------------------------------------------------------
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One sequence. ids (T,) int32 = prompt ++ response; mask (T,) float32, > 0 on the tokens that count; read-only arrays."""
+    ids: np.ndarray
+    mask: np.ndarray
+    n_prompt: int
+    desirable: bool = True
+    where: str = ""
+
+    @property
+    def prompt_key(self):
+        """What the model sees of the prompt. Two prompts that were cut to the same tokens are the same prompt."""
+        return self.ids[:self.n_prompt].tobytes()
+
+    @property
+    def response(self):
+        return self.ids[self.n_prompt:]
+
+
+def make_row(prompt, response, *, desirable=True, where="", train_prompt=False):
+    ids = np.array([*prompt, *response], dtype=np.int32)
+    mask = np.ones(len(ids), np.float32)
+    mask[:1 if train_prompt else len(prompt)] = 0                    # nothing predicts the very first token
+    ids.setflags(write=False), mask.setflags(write=False)
+    return Row(ids, mask, len(prompt), desirable, where)
+
+
+def encode(examples, tokenizer, *, max_len=1024, max_prompt_len=512, add_eot=True, train_prompt=False):
+    """Feedback to rows, and a Counter of what happened to them.
+
+    A prompt that is too long loses its LEFT end (the question is at the right), a response its RIGHT end; a response that
+    was cut, here or by whoever sampled it, gets no end-of-text, since teaching the model to stop there would be wrong.
+    Rows with an empty (or blank) response are dropped; duplicates are kept. All of it is counted.
+    """
+    rows, counts, seen, labels = [], Counter(), set(), {}
+    max_prompt_len = min(max_prompt_len, max_len - 1)
+    for e in examples:
+        counts["read"] += 1
+        if not e.completion.strip():
+            counts["dropped: empty response"] += 1
+            continue
+        prompt = tokenizer.prompt_ids(e.prompt) or [tokenizer.eot]              # an empty prompt: begin as after a document's end
+        if len(prompt) > max_prompt_len:
+            counts["prompt cut from the left"] += 1
+            n_bos = len(tokenizer.bos) if prompt[:1] == tokenizer.bos else 0
+            prompt = prompt[:n_bos] + prompt[len(prompt) - max_prompt_len + n_bos:]
+        response = tokenizer.encode(e.completion) + ([tokenizer.eot] if add_eot and e.whole else [])
+        if len(response) > max_len - len(prompt):
+            counts["response cut from the right"] += 1
+            response = response[:max_len - len(prompt)]
+        row = make_row(prompt, response, desirable=e.desirable, where=e.where, train_prompt=train_prompt)
+        rows.append(row)
+        counts["desirable" if e.desirable else "undesirable"] += 1
+        key = (row.ids.tobytes(), row.n_prompt, e.desirable)
+        counts["duplicates (kept)"] += key in seen
+        seen.add(key)
+        labels.setdefault(row.prompt_key, set()).add(e.desirable)
+    counts["prompts"] = len(labels)
+    counts["prompts with both labels"] = sum(len(v) == 2 for v in labels.values())
+    return rows, +counts
+
+
+def mismatched(row, partner, max_len):
+    """(x, y'): this row's prompt with another row's response, cut from the right where both together are too long."""
+    response = partner.response[:max_len - row.n_prompt]
+    return make_row(row.ids[:row.n_prompt], response, desirable=row.desirable, where=row.where)
+
+
+class Flat(NamedTuple):
+    """Sequences end to end, on the device: what a policy's forward takes, and what turns its answer into one number each."""
+    ids: torch.Tensor                                # (N,)
+    positions: torch.Tensor                          # (N,)
+    lengths: list                                    # (B,)
+    predict: torch.Tensor                            # (M,) the token before each token with mask > 0
+    targets: torch.Tensor                            # (M,)
+    mask: torch.Tensor                               # (M,) its weight
+    sequence: torch.Tensor                           # (M,) whose it is
+
+    def sums(self, logps):
+        """sum_t mask_t log pi(y_t | x, y_<t) of each sequence.   (M,) -> (B,)"""
+        return logps.new_zeros(len(self.lengths)).index_add(0, self.sequence, logps * self.mask.to(logps.dtype))
+
+
+def flatten(rows, device="cpu"):
+    ids, mask = np.concatenate([r.ids for r in rows]), np.concatenate([r.mask for r in rows])
+    lengths = [len(r.ids) for r in rows]
+    trained = np.flatnonzero(mask)
+    columns = (ids, np.concatenate([np.arange(n) for n in lengths]), trained - 1, ids[trained], mask[trained],
+               np.repeat(np.arange(len(rows)), lengths)[trained])
+    ids, positions, predict, targets, mask, sequence = (
+        torch.from_numpy(c if c.dtype == np.float32 else c.astype(np.int64)).to(device) for c in columns)
+    return Flat(ids, positions, lengths, predict, targets, mask, sequence)
+
+
+def token_batches(rows, budget):
+    """Consecutive slices of at most `budget` tokens (one row at least), longest row times nothing: there is no padding."""
+    start, tokens = 0, 0
+    for i, r in enumerate(rows):
+        if i > start and tokens + len(r.ids) > budget:
+            yield range(start, i)
+            start, tokens = i, 0
+        tokens += len(r.ids)
+    if len(rows):
+        yield range(start, len(rows))
+
+
+# --- rows to global batches -------------------------------------------------------------------------------------------
+
+class Batch(NamedTuple):
+    step: int
+    epoch: float                                     # epochs done when this batch is done
+    rows: list                                       # indices of the loss rows
+    partners: list                                   # for each of them the row whose response is its y'
+
+
+@lru_cache(maxsize=4)
+def epoch_order(n, seed, epoch):
+    """The order of rows in an epoch: a function of (n, seed, epoch) and nothing else, so any rank or resumed run knows it."""
+    return np.random.default_rng([seed, epoch]).permutation(n)
+
+
+def steps_per_epoch(n, batch_size):
+    return -(-n // batch_size)
+
+
+def batch_at(prompts, batch_size, *, seed, step):
+    """The global batch of one step. prompts: a hashable key per row of the data set; the last batch of an epoch may be short.
+
+    Partners come from the batch itself. A batch with a single distinct prompt (a short last one, say) borrows them from the
+    rows that follow in the epoch's order, wrapping.
+    """
+    n = len(prompts)
+    epoch, k = divmod(step, steps_per_epoch(n, batch_size))
+    order = epoch_order(n, seed, epoch)
+    rows = order[k * batch_size:(k + 1) * batch_size].tolist()
+    done = epoch + min(1.0, (k + 1) * batch_size / n)
+    keys = [prompts[i] for i in rows]
+    if len(set(keys)) > 1:
+        return Batch(step, done, rows, [rows[j] for j in mismatch(keys)])
+    following = np.roll(order, -(k * batch_size + len(rows))).tolist()
+    others = [i for i in following if prompts[i] != keys[0]][:len(rows)]
+    return Batch(step, done, rows, [others[j % len(others)] for j in range(len(rows))] if others else [])
+
+
+def mismatch(prompts):
+    """For each row i the index j of a row with ANOTHER prompt: y_j is then no answer to x_i.   list -> list of int
+
+    Rows are grouped by prompt and the list of groups is turned by the size of the largest, m. No group is longer than m, so
+    nobody lands in their own group; it is a permutation whenever the turn fits, 2 m <= n. If one prompt holds more than
+    half of the rows there are too few others to go round, and partners repeat. ValueError if all prompts are the same.
+    """
+    groups = {}
+    for i, p in enumerate(prompts):
+        groups.setdefault(p, []).append(i)
+    if len(groups) < 2:
+        raise ValueError(f"mismatched pairs need two distinct prompts, got {len(groups)} in {len(prompts)} rows")
+    largest = max(groups.values(), key=len)
+    ordered = [i for g in groups.values() for i in g]
+    n, m = len(ordered), len(largest)
+    partner = [0] * n
+    if 2 * m <= n:
+        for k, i in enumerate(ordered):
+            partner[i] = ordered[(k + m) % n]
+        return partner
+    others = [i for i in ordered if prompts[i] != prompts[largest[0]]]
+    for k, i in enumerate(largest):
+        partner[i] = others[k % len(others)]
+    for k, i in enumerate(others):
+        partner[i] = largest[k]
+    return partner
+
+
+def lambda_weights(n_desirable, n_undesirable, *, ratio=4 / 3):
+    """(lambda_d, lambda_u) with lambda_d n_d / (lambda_u n_u) = ratio and the smaller of the two equal to 1.
+
+    KTO, Eq. 9 (version 4; the first version and TRL say 4/3 at most): the ratio belongs in [1, 3/2], so that a rare class is not drowned.
+    A count of 0 gives (1.0, 1.0): nothing to balance.
+    """
+    if not 1 <= ratio <= 1.5:
+        raise ValueError(f"ratio is {ratio}; KTO's Eq. 9 asks for 1 <= ratio <= 3/2")
+    if n_desirable == 0 or n_undesirable == 0:
+        return 1.0, 1.0
+    lambda_d = ratio * n_undesirable / n_desirable                                                  # with lambda_u = 1
+    return (lambda_d, 1.0) if lambda_d >= 1 else (1.0, 1 / lambda_d)
+
+
+# --- python data.py FILE ----------------------------------------------------------------------------------------------
+
+def counts_line(counts):
+    return " | ".join(f"{k} {v:,}" for k, v in counts.items())
+
+
+def cut_hint(examples, add_eot):
+    """A line of advice where most responses seem to have been cut when they were sampled, or None."""
+    whole = [e.completion.rstrip() for e in examples if e.whole and e.completion.strip()]
+    ended = sum(t[-1] in ".!?\"')]}>`*:;\u3002\uff01\uff1f\u201d" for t in whole)
+    if add_eot and len(whole) >= 20 and ended < 0.5 * len(whole):
+        return (f"note: only {ended} of {len(whole)} responses end like a sentence. If they were cut when sampled, "
+                "--add_eot false keeps the model from learning to stop there.")
+
+
+def show(rows, batch, tokenizer, max_len, limit=8):
+    """The batch as text: prompt grey, trained tokens green or red by label, end-of-text marked, partner's response blue."""
+    grey, green, red, blue, bold, off = (f"\033[{c}m" if sys.stdout.isatty() or os.environ.get("FORCE_COLOR") else ""
+                                         for c in (90, 32, 31, 34, 1, 0))
+    for i, j in list(zip(batch.rows, batch.partners or [None] * len(batch.rows)))[:limit]:
+        r = rows[i]
+        trained = [t for t, m in zip(r.ids, r.mask) if m > 0]
+        print(f"{bold}{r.where or f'row {i}'}{off}  {'desirable' if r.desirable else 'undesirable'}, "
+              f"{r.n_prompt} prompt + {len(trained)} trained tokens")
+        print(f"  {grey}{tokenizer.decode(r.ids[:r.n_prompt])}{off}")
+        end = f"{bold} <end>{off}" if trained[-1] == tokenizer.eot else f"{bold} (cut: no end){off}"
+        print(f"  {green if r.desirable else red}{tokenizer.text(trained)}{off}{end}")
+        if j is not None:
+            print(f"  {blue}y' for z0, from {rows[j].where or f'row {j}'}: {tokenizer.text(mismatched(r, rows[j], max_len).response)}{off}")
+        print()
+
+
+def main(argv):
+    import argparse
+    p = argparse.ArgumentParser(prog="data.py", description="Show the first batch of a preference file as it will be trained.")
+    p.add_argument("files", nargs="+")
+    p.add_argument("--model", "--tokenizer", dest="tokenizer", help="folder of a tokenizer (default: bytes)")
+    p.add_argument("--threshold", type=float)
+    p.add_argument("--columns", default="", help="prompt=question,completion=answer,...")
+    p.add_argument("--batch_size", type=int, default=8)
+    p.add_argument("--seed", type=int, default=0)
+    p.add_argument("--max_len", type=int, default=1024)
+    p.add_argument("--max_prompt_len", type=int, default=512)
+    p.add_argument("--add_eot", choices=["true", "false"], default="true")
+    a = p.parse_args(argv)
+    columns = dict(c.split("=", 1) for c in a.columns.split(",") if "=" in c)
+    examples, name = read(a.files, columns=columns, threshold=a.threshold)
+    tokenizer = load_tokenizer(a.tokenizer)
+    feedback = to_feedback(examples)
+    rows, counts = encode(feedback, tokenizer, max_len=a.max_len, max_prompt_len=a.max_prompt_len, add_eot=a.add_eot == "true")
+    print(f"format: {name}\n{counts_line(counts)}")
+    if hint := cut_hint(feedback, a.add_eot == "true"):
+        print(hint)
+    if rows:
+        lambda_d, lambda_u = lambda_weights(counts["desirable"], counts["undesirable"])
+        print(f"--lambda_d auto --lambda_u auto would give lambda_d {lambda_d:.3g}, lambda_u {lambda_u:.3g}\n")
+        show(rows, batch_at([r.prompt_key for r in rows], a.batch_size, seed=a.seed, step=0), tokenizer, a.max_len, a.batch_size)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

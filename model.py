@@ -1,0 +1,349 @@
+"""A small GPT on flat rows, its log-probs, its generation; and the adapter that lets any Hugging Face model stand in for it.
+
+No padding. A batch of sequences is ONE row of tokens laid end to end; `positions` restart at every sequence and attention
+stays inside it. Everything but attention treats tokens alone, so attention is the only place that looks at `lengths`:
+
+    ids        (N,)  tokens of all sequences, end to end         N = sum(lengths)
+    positions  (N,)  0, 1, 2, ... restarting at every sequence
+    lengths    list  tokens per sequence
+    predict    (M,)  indices into the row: the tokens that stand just before a trained token
+    targets    (M,)  the trained tokens, ids[predict + 1]
+
+A policy is a module with `forward(ids, positions, lengths, predict, targets) -> (M,) log-probs`. Only the M positions that
+predict something meet the output head, which is most of the saving when the vocabulary is large.
+
+The architecture is GPT-2's (Radford et al. 2019; tanh-GELU, pre-norm, learned positions, tied head), biases optional, and
+models are stored in GPT-2's Hugging Face format, so transformers loads what this file saves and this file loads GPT-2.
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
+from torch.utils.checkpoint import checkpoint
+
+
+# --- log-probs --------------------------------------------------------------------------------------------------------
+
+def log_probs(logits, targets):
+    """log softmax(logits)[targets].   (..., V), (...) -> (...)   bf16 and fp16 are widened to float32, nothing is narrowed
+
+    In bf16 a log-probability near -9 has steps of 0.06: summed over a response that is noise larger than z0.
+    """
+    wide = logits.float() if logits.dtype in (torch.bfloat16, torch.float16) else logits
+    return -F.cross_entropy(wide.flatten(0, -2), targets.flatten(), reduction="none").view(targets.shape)
+
+
+def token_logps(logits, ids, mask):
+    """mask_t * log pi(ids_t | ids_<t), for padded teaching use.   logits (B, T, V), ids (B, T), mask (B, T) -> (B, T)
+
+    Index t belongs to ids[:, t]; it is 0 at index 0 (nothing predicts the first token) and wherever mask is 0.
+    """
+    logps = F.pad(log_probs(logits[:, :-1], ids[:, 1:]), (1, 0))               # the one shift: logits at t-1 speak of t
+    return torch.where(mask > 0, logps * mask, torch.zeros_like(logps))        # where: a masked -inf must not become NaN
+
+
+def head_log_probs(hidden, weight, targets, *, chunk_elements=2**23):
+    """Log-probs of the targets under hidden @ weight.T, without ever holding (M, V) logits.   (M, d), (V, d), (M,) -> (M,)
+
+    Chunks of positions, recomputed in backward: at V = 50257 the logits of 2,000 tokens and their gradient would be 800 MB.
+    """
+    def of(h, y):
+        return log_probs(F.linear(h, weight), y)
+
+    rows = max(1, chunk_elements // weight.shape[0])
+    if len(targets) <= rows:
+        return of(hidden, targets)
+    pieces = zip(hidden.split(rows), targets.split(rows))
+    if not torch.is_grad_enabled():
+        return torch.cat([of(h, y) for h, y in pieces])
+    return torch.cat([checkpoint(of, h, y, use_reentrant=False) for h, y in pieces])
+
+
+# --- the transformer --------------------------------------------------------------------------------------------------
+
+@dataclass(frozen=True)
+class GPTConfig:
+    vocab_size: int = 50257
+    context: int = 1024
+    n_layer: int = 12
+    n_head: int = 12
+    d_model: int = 768
+    bias: bool = False
+
+
+def packed_attention(q, k, v, lengths):
+    """Causal attention inside each sequence of the flat row.   (N, heads, d) x 3 -> (N, heads, d)
+
+    A loop over sequences looks slow and is not: against one padded call it measured 1.9 to 2.2 times faster forward and
+    backward at 64 to 300 tokens per sequence on CPU, since nothing is computed for padding or across sequences.
+    """
+    parts = zip(*(t.transpose(0, 1)[None].split(lengths, dim=2) for t in (q, k, v)))            # each (1, heads, T, d)
+    return torch.cat([F.scaled_dot_product_attention(*part, is_causal=True)[0].transpose(0, 1) for part in parts])
+
+
+class Block(nn.Module):
+    def __init__(self, c):
+        super().__init__()
+        self.n_head = c.n_head
+        self.ln_1 = nn.LayerNorm(c.d_model, bias=c.bias)
+        self.ln_2 = nn.LayerNorm(c.d_model, bias=c.bias)
+        self.attn = nn.ModuleDict({"c_attn": nn.Linear(c.d_model, 3 * c.d_model, bias=c.bias),
+                                   "c_proj": nn.Linear(c.d_model, c.d_model, bias=c.bias)})
+        self.mlp = nn.ModuleDict({"c_fc": nn.Linear(c.d_model, 4 * c.d_model, bias=c.bias),
+                                  "c_proj": nn.Linear(4 * c.d_model, c.d_model, bias=c.bias)})
+
+    def forward(self, x, attend):
+        q, k, v = (t.unflatten(1, (self.n_head, -1)) for t in self.attn.c_attn(self.ln_1(x)).chunk(3, dim=1))
+        x = x + self.attn.c_proj(attend(q, k, v).flatten(1))
+        return x + self.mlp.c_proj(F.gelu(self.mlp.c_fc(self.ln_2(x)), approximate="tanh"))
+
+
+class GPT(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.config, self.context, self.vocab_size = config, config.context, config.vocab_size
+        self.wte = nn.Embedding(config.vocab_size, config.d_model)                          # also the output head (tied)
+        self.wpe = nn.Embedding(config.context, config.d_model)
+        self.h = nn.ModuleList(Block(config) for _ in range(config.n_layer))
+        self.ln_f = nn.LayerNorm(config.d_model, bias=config.bias)
+        for name, p in self.named_parameters():
+            if p.dim() == 2:                             # GPT-2's: 0.02, less where 2 x n_layer residual branches add up
+                nn.init.normal_(p, std=0.02 / (2 * config.n_layer) ** 0.5 if name.endswith("c_proj.weight") else 0.02)
+            elif name.endswith("bias"):
+                nn.init.zeros_(p)
+
+    def trunk(self, ids, positions, attend):
+        """Hidden states.   (N,), (N,) -> (N, d).   attend(layer, q, k, v) is the only thing that knows what belongs together"""
+        x = self.wte(ids) + self.wpe(positions)
+        for i, block in enumerate(self.h):
+            x = block(x, lambda q, k, v: attend(i, q, k, v))
+        return self.ln_f(x)
+
+    def forward(self, ids, positions, lengths, predict=None, targets=None):
+        """Logits (M, V) at the `predict` positions (at all, if None); with `targets`, their log-probs (M,) instead."""
+        x = self.trunk(ids, positions, lambda i, q, k, v: packed_attention(q, k, v, lengths))
+        x = x if predict is None else x[predict]
+        return F.linear(x, self.wte.weight) if targets is None else head_log_probs(x, self.wte.weight, targets)
+
+    @torch.no_grad()
+    def generate(self, prompts, *, eot, max_new_tokens, temperature=1.0, top_p=1.0, seed=0, rows=512, room=None):
+        """Sample a response to each prompt.   list of token lists -> list of token lists (with the end-of-text, if it came)
+
+        temperature 0 is greedy. A key-value cache, all rows at once; a row that has ended leaves the batch. The random
+        number of row i's t-th token depends on (seed, i, t) alone, so batching and other rows do not change a sample.
+        `room`: tokens at most in prompt and response together (default: the model's context).
+        """
+        out = []
+        for first in range(0, len(prompts), rows):
+            out += self._generate(prompts[first:first + rows], first, eot, max_new_tokens, temperature, top_p, seed, room)
+        return out
+
+    def _generate(self, prompts, first, eot, max_new_tokens, temperature, top_p, seed, room):
+        device, room = self.wte.weight.device, min(room or self.context, self.context)
+        out = [[] for _ in prompts]
+        if max_new_tokens < 1:
+            return out
+        noise = np.stack([np.random.default_rng([seed, first + i]).random(max_new_tokens) for i in range(len(prompts))])
+        noise = torch.from_numpy(noise).to(device)                                                       # (rows, new)
+        lengths = [len(p) for p in prompts]
+        if min(lengths) < 1 or max(lengths) > room:
+            raise ValueError(f"prompts must have 1 to {room} tokens, got {min(lengths)} to {max(lengths)}")
+
+        cache = _Cache(self.config, lengths, min(max(lengths) + max_new_tokens, room), self.wte.weight)
+        ids = torch.tensor([t for p in prompts for t in p], device=device)
+        positions = torch.cat([torch.arange(n, device=device) for n in lengths])
+        last = torch.tensor(lengths, device=device).cumsum(0) - 1
+        hidden = self.trunk(ids, positions, cache.fill)[last]                                            # (rows, d)
+        alive = torch.arange(len(prompts), device=device)                     # which prompts the rows of the cache belong to
+        for t in range(max_new_tokens):
+            token = sample(F.linear(hidden, self.wte.weight), noise[alive, t], temperature, top_p)
+            for i, x in zip(alive.tolist(), token.tolist()):
+                out[i].append(x)
+            goes_on = (token != eot) & (cache.used < room)
+            if t + 1 == max_new_tokens or not goes_on.any():
+                break
+            if not goes_on.all():
+                alive, token = alive[goes_on], token[goes_on]
+                cache.keep(goes_on)
+            hidden = self.trunk(token, cache.used.clone(), cache.append)
+            cache.used += 1
+        return out
+
+    # --- files: GPT-2's Hugging Face layout
+
+    TRANSPOSED = ("c_attn.weight", "c_proj.weight", "c_fc.weight")            # GPT-2 stores these as (in, out)
+
+    def save(self, folder):
+        """Write config.json and model.safetensors in GPT-2's format; transformers' AutoModelForCausalLM loads them.
+
+        A model without biases is written with biases of 0, the same function.
+        """
+        folder, c = Path(folder), self.config
+        folder.mkdir(parents=True, exist_ok=True)
+        tensors = {}
+        for name, p in self.state_dict().items():
+            tensors["transformer." + name] = p.t().contiguous().cpu() if name.endswith(self.TRANSPOSED) else p.cpu()
+            if not c.bias and name.endswith(".weight") and not name.startswith(("wte", "wpe")):
+                tensors["transformer." + name[:-6] + "bias"] = torch.zeros(p.shape[0], dtype=p.dtype)
+        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+        config = dict(model_type="gpt2", architectures=["GPT2LMHeadModel"], vocab_size=c.vocab_size, n_positions=c.context,
+                      n_embd=c.d_model, n_layer=c.n_layer, n_head=c.n_head, activation_function="gelu_new", n_inner=None,
+                      layer_norm_epsilon=1e-5, tie_word_embeddings=True, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0,
+                      dtype=str(self.wte.weight.dtype).removeprefix("torch."), nanokto={"bias": c.bias})
+        (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+
+    @classmethod
+    def from_pretrained(cls, folder, *, device="cpu", dtype=torch.float32):
+        """GPT-2 weights from a folder in Hugging Face format (one or several safetensors files), ours or anybody's."""
+        c = read_model_config(folder)
+        if c.get("model_type") != "gpt2":
+            raise SystemExit(f"--model {folder}: model_type is {c.get('model_type')!r}; the small GPT reads 'gpt2' folders")
+        bias = c.get("nanokto", {"bias": True})["bias"]
+        n_layer, n_head, d = c.get("n_layer", 12), c.get("n_head", 12), c.get("n_embd", 768)
+        model = cls(GPTConfig(c.get("vocab_size", 50257), c.get("n_positions", 1024), n_layer, n_head, d, bias))
+        tensors = {k.removeprefix("transformer."): v for f in weight_files(folder) for k, v in load_file(f).items()}
+        wanted = model.state_dict()
+        missing = [k for k in wanted if k not in tensors]
+        if missing:
+            raise SystemExit(f"--model {folder}: no tensor {missing[0]!r} in its safetensors files")
+        model.load_state_dict({k: tensors[k].t() if k.endswith(cls.TRANSPOSED) else tensors[k] for k in wanted})
+        return model.to(device=device, dtype=dtype)
+
+
+class _Cache:
+    """Keys and values of every layer, one slot per row: right-aligned writing needs no left padding and no shifting."""
+
+    def __init__(self, c, lengths, room, like):
+        shape = (c.n_layer, 2, len(lengths), c.n_head, room, c.d_model // c.n_head)
+        self.kv = torch.zeros(shape, device=like.device, dtype=like.dtype)
+        self.lengths, self.used = lengths, torch.tensor(lengths, device=like.device)        # used: the next free position
+        self.row = torch.repeat_interleave(torch.arange(len(lengths), device=like.device), self.used)
+        self.column = torch.cat([torch.arange(n, device=like.device) for n in lengths])
+
+    def fill(self, layer, q, k, v):
+        """Prompts, as a flat row: remember keys and values, attend as in training."""
+        for slot, t in enumerate((k, v)):
+            self.kv[layer, slot][self.row, :, self.column] = t.to(self.kv.dtype)
+        return packed_attention(q, k, v, self.lengths)
+
+    def append(self, layer, q, k, v):
+        """One new token per row, at position `used`: it sees its own row up to itself.   (rows, heads, d) x 3"""
+        rows = torch.arange(len(q), device=q.device)
+        for slot, t in enumerate((k, v)):
+            self.kv[layer, slot][rows, :, self.used] = t.to(self.kv.dtype)
+        n = int(self.used.max()) + 1
+        seen = (torch.arange(n, device=q.device) <= self.used[:, None])[:, None, None]              # (rows, 1, 1, n)
+        keys, values = self.kv[layer, :, :, :, :n].to(q.dtype)
+        return F.scaled_dot_product_attention(q[:, :, None], keys, values, attn_mask=seen)[:, :, 0]
+
+    def keep(self, rows):
+        self.kv, self.used = self.kv[:, :, rows], self.used[rows]
+
+
+def sample(logits, uniform, temperature=1.0, top_p=1.0):
+    """One token per row by inverting the distribution function at `uniform`.   (B, V), (B,) -> (B,);  temperature 0: argmax
+
+    top_p keeps the smallest set of likeliest tokens whose mass reaches top_p (Holtzman et al. 2019, arXiv 1904.09751).
+    """
+    if temperature == 0:
+        return logits.argmax(-1)
+    p = torch.softmax(logits.double() / temperature, -1)                 # float64: a float32 running sum ends short of 1
+    if top_p < 1:
+        ordered, order = p.sort(-1, descending=True)
+        ordered[ordered.cumsum(-1) - ordered >= top_p] = 0                          # the token that crosses top_p stays
+        p = torch.zeros_like(p).scatter(-1, order, ordered)
+    cdf = p.cumsum(-1)
+    token = torch.searchsorted(cdf, uniform[:, None] * cdf[:, -1:], right=True)[:, 0]
+    return token.clamp(max=logits.shape[-1] - 1)
+
+
+# --- any Hugging Face causal LM behind the same call ------------------------------------------------------------------
+
+class HFPolicy(nn.Module):
+    """`AutoModelForCausalLM` that takes flat rows. transformers keeps the sequences of a row apart only when it sees
+    restarting position_ids, no attention mask and NO cache; with its default use_cache=True they silently see each other
+    (logit errors of 0.02 to 0.25). So a probe on two short sequences decides, per model, whether rows may stay flat; else
+    they are padded on the way in and unpadded on the way out. Nobody else ever sees a pad."""
+
+    def __init__(self, lm):
+        super().__init__()
+        self.lm = lm.eval()                             # eval: dropout off, in training too; policy and reference must agree
+        self.vocab_size = lm.config.vocab_size
+        self.context = getattr(lm.config, "max_position_embeddings", None) or getattr(lm.config, "n_positions", 1024)
+        self.flat = True
+        self.flat = self._probe()
+
+    @torch.no_grad()
+    def _probe(self):
+        device = next(self.lm.parameters()).device
+        ids = torch.arange(11, device=device) * 7 % self.vocab_size
+        positions = torch.tensor([*range(5), *range(6)], device=device)
+        apart = torch.cat([self.lm(part[None], use_cache=False).logits[0] for part in ids.split([5, 6])])
+        together = self._flat_logits(ids, positions, torch.arange(11, device=device))
+        return bool((together - apart).abs().max() <= 1e-3 * apart.abs().max().clamp(min=1))
+
+    def _flat_logits(self, ids, positions, predict):
+        return self.lm(input_ids=ids[None], position_ids=positions[None], use_cache=False, logits_to_keep=predict).logits[0]
+
+    def _padded_logits(self, ids, lengths, predict):
+        rows = nn.utils.rnn.pad_sequence(ids.split(lengths), batch_first=True)
+        real = torch.arange(rows.shape[1], device=ids.device) < torch.tensor(lengths, device=ids.device)[:, None]
+        return self.lm(input_ids=rows, attention_mask=real.long(), use_cache=False).logits[real][predict]
+
+    def forward(self, ids, positions, lengths, predict=None, targets=None):
+        predict = torch.arange(len(ids), device=ids.device) if predict is None else predict
+        logits = self._flat_logits(ids, positions, predict) if self.flat else self._padded_logits(ids, lengths, predict)
+        return logits if targets is None else log_probs(logits, targets)
+
+    @torch.no_grad()
+    def generate(self, prompts, *, eot, max_new_tokens, temperature=1.0, top_p=1.0, seed=0, rows=64, room=None):
+        """As `GPT.generate`, by transformers' own `generate` (left-padded). Samples depend on the batching here."""
+        device, out = next(self.lm.parameters()).device, []
+        how = dict(do_sample=True, temperature=temperature, top_p=top_p, top_k=0) if temperature else dict(do_sample=False)
+        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+            torch.manual_seed(seed)
+            for i in range(0, len(prompts), rows):
+                part = prompts[i:i + rows]
+                width = max(map(len, part))
+                ids = torch.tensor([[eot] * (width - len(p)) + list(p) for p in part], device=device)
+                real = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in part], device=device)
+                new = max(1, min(max_new_tokens, (room or self.context) - width))
+                grown = self.lm.generate(ids, attention_mask=real, max_new_tokens=new, eos_token_id=eot, pad_token_id=eot, **how)
+                for row in grown[:, width:].tolist():
+                    out.append(row[:row.index(eot) + 1] if eot in row else row)
+        return out
+
+    def save(self, folder):
+        self.lm.save_pretrained(folder, safe_serialization=True)
+
+
+def read_model_config(folder):
+    path = Path(folder) / "config.json"
+    if not path.is_file():
+        raise SystemExit(f"--model {folder}: no config.json there; expected a folder in Hugging Face format")
+    return json.loads(path.read_text())
+
+
+def weight_files(folder):
+    files = sorted(Path(folder).glob("*.safetensors"))
+    if not files:
+        raise SystemExit(f"--model {folder}: no *.safetensors there; only safetensors weights are loaded")
+    return files
+
+
+def load_policy(folder, *, device="cpu", dtype=torch.float32):
+    """The causal LM in `folder`: our own GPT where we wrote it, else transformers' AutoModelForCausalLM as an `HFPolicy`."""
+    if "nanokto" in read_model_config(folder):
+        return GPT.from_pretrained(folder, device=device, dtype=dtype)
+    weight_files(folder)
+    from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
+    logging.disable_progress_bar()
+    lm = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, use_safetensors=True, local_files_only=True)
+    return HFPolicy(lm.to(device))

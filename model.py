@@ -179,7 +179,7 @@ class GPT(nn.Module):
 
     TRANSPOSED = ("c_attn.weight", "c_proj.weight", "c_fc.weight")            # GPT-2 stores these as (in, out)
 
-    def save(self, folder):
+    def save(self, folder, *, eot=None):
         """Write config.json and model.safetensors in GPT-2's format; transformers' AutoModelForCausalLM loads them.
 
         A model without biases is written with biases of 0, the same function.
@@ -195,7 +195,7 @@ class GPT(nn.Module):
         config = dict(model_type="gpt2", architectures=["GPT2LMHeadModel"], vocab_size=c.vocab_size, n_positions=c.context,
                       n_embd=c.d_model, n_layer=c.n_layer, n_head=c.n_head, activation_function="gelu_new", n_inner=None,
                       layer_norm_epsilon=1e-5, tie_word_embeddings=True, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0,
-                      dtype=str(self.wte.weight.dtype).removeprefix("torch."), nanokto={"bias": c.bias})
+                      dtype=str(self.wte.weight.dtype).removeprefix("torch."), bos_token_id=eot, eos_token_id=eot, nanokto={"bias": c.bias})
         (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
 
     @classmethod
@@ -319,7 +319,7 @@ class HFPolicy(nn.Module):
                     out.append(row[:row.index(eot) + 1] if eot in row else row)
         return out
 
-    def save(self, folder):
+    def save(self, folder, *, eot=None):
         self.lm.save_pretrained(folder, safe_serialization=True)
 
 

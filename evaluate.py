@@ -15,6 +15,7 @@ policy answer side by side.
 
 import json
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -172,6 +173,77 @@ def plot_frontier(result, path, name="KTO"):
     for ax in axes:
         ax.grid(alpha=0.25)
     figure.savefig(path, dpi=110)
+
+
+# --- the end of a run: files, pictures, and what to tell ----------------------------------------------------------------
+
+def report_world(judge, policy, reference, tokenizer, cfg, seconds):
+    """eval.json, samples.md, curves.png, frontier.png, and the last part of the story. judge(policy, reference) -> eval.json's content"""
+    clock, out = time.perf_counter(), Path(cfg.out)
+    r = judge(policy, reference)
+    prompts = world.eval_prompts("report", 24)[:12]
+    texts = [replies(m, tokenizer, prompts, temperature=0.7, seed=cfg.seed)[0] for m in (reference, policy)]
+    scores = [tuple(world.utility(p, t) for t in pair) for p, *pair in zip(prompts, *texts)]
+    write_samples(out / "samples.md", prompts, *texts, scores=scores)
+    metrics = [json.loads(line) for line in open(out / "metrics.jsonl")]
+    plot_curves(metrics, out / "curves.png")
+    plot_frontier(r, out / "frontier.png", name=cfg.loss)
+    seconds["evaluate"] = time.perf_counter() - clock
+    saved = {k: v for k, v in r.items() if not k.startswith("utilities")} | {"seconds": seconds}
+    (out / "eval.json").write_text(json.dumps(saved, indent=2) + "\n")
+
+    best, (low, high), (u_low, u_high) = r["optimum_at_same_kl"], r["win_rate_ci95"], r["reward_ci95"]
+    raw = [m["z0_raw"] for m in metrics if m.get("z0_raw") is not None]
+    show = max(range(len(prompts)), key=lambda i: scores[i][1] - scores[i][0])
+    print(f"""
+What came out, on {r['n']} questions about 24 (device, problem) pairs that no stage has seen:
+  win rate against the reference   {r['win_rate']:.3f} [{low:.3f}, {high:.3f}]   (0.5: no better; the best possible at this KL: {best['win_rate']:.3f})
+  true utility per reply           {r['reward']:+.2f} [{u_low:+.2f}, {u_high:+.2f}]   (reference {r['reward_ref']:+.2f}; best at this KL {best['reward']:+.2f}; perfect +3.50)
+  KL(policy || reference)          {r['kl']:.2f} nats per reply
+  right fix for the right device   {r['right']:.0%}   (reference {r['right_ref']:.0%})
+  malformed replies                {r['malformed']:.1%}   (reference {r['malformed_ref']:.1%})
+  length                           {r['length']:.1f} tokens   (reference {r['length_ref']:.1f})
+  utility of the greedy reply      {r['reward_greedy']:+.2f}   (reference {r['reward_ref_greedy']:+.2f})"""
+          + (f"\n  z0 before the clamp              {raw[-1]:+.2f} at the last step; clamped to 0 in {np.mean([z <= 0 for z in raw]):.0%} of the steps" if raw else "")
+          + f"""
+
+One of the questions, answered at temperature 0.7 (utility in front):
+  {prompts[show]}
+    reference  ({scores[show][0]:+.1f}) {texts[0][show]}
+    policy     ({scores[show][1]:+.1f}) {texts[1][show]}
+
+seconds: base model {seconds['base']:.0f}, alignment {seconds['align']:.0f}, evaluation {seconds['evaluate']:.0f}
+files:   {out}/ frontier.png, curves.png, samples.md, eval.json, metrics.jsonl, model/ (transformers loads it)
+next:    python evaluate.py {out} --prompt "{prompts[0]}"
+         python train.py --loss {cfg.loss} --beta 0.1 --out {out}-beta0.1      (what does a smaller beta do to the KL?)
+         python train.py --loss bco      python train.py --help""", flush=True)
+
+
+def margins(logps, ref_logps, desirable):
+    """Mean log-ratio (nats) of desirable and undesirable rows, their difference, and the share on the right side of 0."""
+    ratios, up = logps - ref_logps, torch.tensor(desirable)
+    good, bad = (float(ratios[where].mean()) if where.any() else None for where in (up, ~up))
+    return {"logratio_desirable": good, "logratio_undesirable": bad, "margin": None if None in (good, bad) else good - bad,
+            "accuracy": float(torch.where(up, ratios > 0, ratios < 0).double().mean()), "n": len(ratios)}
+
+
+def report_files(result, policy, reference, tokenizer, prompts, cfg, seconds):
+    """What a run on files leaves: there is no judge, so margins on its rows and samples side by side."""
+    clock, out, room = time.perf_counter(), Path(cfg.out), max(1, min(128, cfg.max_len // 4))
+    texts = [replies(m, tokenizer, prompts, temperature=0.7, seed=cfg.seed, max_new_tokens=room)[0] for m in (reference, policy)]
+    write_samples(out / "samples.md", map(prompt_text, prompts), *texts)
+    plot_curves([json.loads(line) for line in open(out / "metrics.jsonl")], out / "curves.png")
+    seconds["evaluate"] = time.perf_counter() - clock
+    unknown = dict.fromkeys(("win_rate", "win_rate_ci95", "reward", "reward_ref", "kl"))
+    result = {**unknown, "n": 0, "why_null": "files bring no judge; samples.md has both models' answers", **result, "seconds": seconds}
+    (out / "eval.json").write_text(json.dumps(result, indent=2) + "\n")
+    for name in ("train", "eval"):
+        if r := result.get(name):
+            d, u, m = ("none" if x is None else f"{x:+.3f}" for x in (r["logratio_desirable"], r["logratio_undesirable"], r["margin"]))
+            print(f"{name} rows ({r['n']}): log pi/pi_ref of desirable {d}, of undesirable {u}, margin {m} nats; {r['accuracy']:.1%} on the right side of 0")
+    print(f"seconds: alignment {seconds['align']:.0f}, samples {seconds['evaluate']:.0f}\n"
+          f"files:   {out}/ samples.md, curves.png, eval.json, metrics.jsonl, model/ (transformers loads it)\n"
+          f"next:    python evaluate.py {out} --prompt \"...\"", flush=True)
 
 
 # --- command line -----------------------------------------------------------------------------------------------------

@@ -105,6 +105,9 @@ class Block(nn.Module):
 
 
 class GPT(nn.Module):
+    flat = True                                                                             # takes flat rows as they are
+    token_budget = 8192                                                                     # tokens of a forward, by default
+
     def __init__(self, config):
         super().__init__()
         self.config, self.context, self.vocab_size = config, config.context, config.vocab_size
@@ -276,8 +279,8 @@ class HFPolicy(nn.Module):
         self.lm = lm.eval()                             # eval: dropout off, in training too; policy and reference must agree
         self.vocab_size = lm.config.vocab_size
         self.context = getattr(lm.config, "max_position_embeddings", None) or getattr(lm.config, "n_positions", 1024)
-        self.flat = True
         self.flat = self._probe()
+        self.token_budget = 2048                        # a flat row's attention mask is N x N here
 
     @torch.no_grad()
     def _probe(self):
@@ -323,17 +326,17 @@ class HFPolicy(nn.Module):
         self.lm.save_pretrained(folder, safe_serialization=True)
 
 
-def read_model_config(folder):
+def read_model_config(folder, flag="model"):
     path = Path(folder) / "config.json"
     if not path.is_file():
-        raise SystemExit(f"--model {folder}: no config.json there; expected a folder in Hugging Face format")
+        raise SystemExit(f"--{flag} {folder}: no config.json there; expected a folder with a model in Hugging Face format")
     return json.loads(path.read_text())
 
 
-def weight_files(folder):
+def weight_files(folder, flag="model"):
     files = sorted(Path(folder).glob("*.safetensors"))
     if not files:
-        raise SystemExit(f"--model {folder}: no *.safetensors there; only safetensors weights are loaded")
+        raise SystemExit(f"--{flag} {folder}: no *.safetensors there; only safetensors weights are loaded")
     return files
 
 

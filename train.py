@@ -13,6 +13,7 @@ measured, those after it are set on the command line. One step is the same for a
 because everything that couples rows (z0, running means, the divisor) is taken over the global batch.
 """
 
+import atexit
 import hashlib
 import inspect
 import json
@@ -23,6 +24,8 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
+import threading
 import time
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, fields
@@ -63,8 +66,8 @@ def flag(default, help):
 class Config:
     loss: str = flag("kto", "objective: " + ", ".join(LOSSES))
     model: str = flag("", "folder of a causal LM in Hugging Face format; without it the small GPT")
-    data: str = flag("", "preference files, separated by commas; without it the embedded help desk")
-    eval_data: str = flag("", "held-out files, same formats")
+    data: tuple = flag((), "preference files, one or several; without it the embedded help desk")
+    eval_data: tuple = flag((), "held-out files, same formats")
     tokenizer: str = flag("", "with --data and no --model: a folder with vocab.bpe and encoder.json (default: bytes)")
     init: str = flag("", "folder the policy starts from (default: --model)")
     ref: str = flag("", "folder of the reference (default: --model)")
@@ -127,11 +130,10 @@ def settings(argv):
             elif not words or (words[0].startswith("--") and not _is_number(words[0])):
                 raise SystemExit(f"--{name}: a value is missing")
             else:
-                values = [words.pop(0)]
-                while name in ("data", "eval_data") and words and not words[0].startswith("--"):
-                    values.append(words.pop(0))
-                value = ",".join(values)
-        typed[name] = value
+                value = words.pop(0)
+        typed[name] = (value,) if name in ("data", "eval_data") else value
+        while name in ("data", "eval_data") and words and not words[0].startswith("--"):
+            typed[name] += (words.pop(0),)
     loss_name = typed.get("loss", "kto")
     if loss_name not in LOSSES:
         raise SystemExit(f"--loss {loss_name}: no such loss; valid are {', '.join(LOSSES)}")
@@ -139,7 +141,8 @@ def settings(argv):
     if "kl_logratios" in wants:
         hyper["z0"] = "estimate"
     if typed.pop("help", False):
-        raise SystemExit(help_text(loss_name if "loss" in typed else None, hyper))
+        print(help_text(loss_name if "loss" in typed else None, hyper))
+        raise SystemExit(0)
 
     known = {f.name: f for f in fields(Config)}
     for name in typed:
@@ -185,6 +188,8 @@ def _typed(name, text, default):
         if text not in ("true", "false"):
             raise SystemExit(f"--{name} {text}: valid are true, false")
         return text == "true"
+    if isinstance(default, tuple):
+        return text
     try:
         value = type(default)(text)
     except ValueError:
@@ -231,7 +236,7 @@ def help_text(loss_name, hyper):
         lines = [f"--loss {loss_name}", "", inspect.getdoc(LOSSES[loss_name]), "", "its own flags:"]
         return "\n".join(lines + [f"  --{n} (default {d})" for n, d in hyper.items()] or ["  none"])
     lines = ["train.py --name value ...   (--loss NAME --help shows that objective's equation and parameters)", ""]
-    return "\n".join(lines + [f"  --{f.name:<18} {f.metadata['help']}" + ("" if f.default in ("", False) or f.default != f.default
+    return "\n".join(lines + [f"  --{f.name:<18} {f.metadata['help']}" + ("" if f.default in ("", False, ()) or f.default != f.default
                                                                       else f" [{f.default}]") for f in fields(Config)])
 
 
@@ -240,17 +245,21 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.float32, "fp64": torch.float64}  
 
 # --- several processes (everything else reads as if there were one) -----------------------------------------------------
 
+@dataclass
 class Group:
     """The processes of this run. Only fixed-size sums cross between them."""
+    rank: int = 0
+    size: int = 1
+    device: torch.device = torch.device("cpu")
 
-    def __init__(self, device=""):
-        self.rank, self.size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-        local = int(os.environ.get("LOCAL_RANK", 0))
-        cuda = torch.cuda.is_available() if not device else device.startswith("cuda")
-        self.device = torch.device(f"cuda:{local}" if cuda else device or "cpu")
-        torch.set_num_threads(max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
-        if self.size > 1 and not dist.is_initialized():
+    @classmethod
+    def join(cls, device=""):
+        """The process group torchrun has prepared; a single process where there is none."""
+        rank, size, local = (int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
+        cuda = device.startswith("cuda") if device else torch.cuda.is_available()
+        if size > 1 and not dist.is_initialized():
             dist.init_process_group("nccl" if cuda else "gloo")
+        return cls(rank, size, torch.device(f"cuda:{local}" if cuda else device or "cpu"))
 
     def sum(self, tensor):
         """All-reduced in place: each rank fills in its part, the rest is 0."""
@@ -273,10 +282,20 @@ class Group:
                     mininterval=0.5 if sys.stderr.isatty() else 20, dynamic_ncols=True)
 
 
+def use_threads(policy, alone=False):
+    """Set torch's threads, explicitly (torchrun sets 1 for several processes only); returns the number before.
+
+    The matmuls of a model below a million weights are too small to share: a second thread gained 1.3x on an idle machine and
+    lost 5x to 20x on a busy one, where threads spin for each other. A fixed number for a base model made `alone`, since it may
+    change the last bit of a sum.
+    """
+    before, cores = torch.get_num_threads(), os.cpu_count() or 1
+    share = 2 if alone else max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+    torch.set_num_threads(1 if sum(p.numel() for p in policy.parameters()) < 1e6 else min(share, cores))
+    return before
+
+
 # --- measuring --------------------------------------------------------------------------------------------------------
-
-TOKEN_BUDGET = 8192                                       # tokens per forward without gradient, and of a default micro-batch
-
 
 def precision(cfg, device):
     return torch.autocast(device.type, torch.bfloat16) if cfg.dtype == "bf16" else nullcontext()
@@ -292,8 +311,12 @@ def logps_of(policy, rows, cfg, device):
 @torch.no_grad()
 def score(policy, rows, cfg, device):
     """log pi(y|x) of any number of rows, without gradient.   -> (len(rows),) float64 on the CPU"""
-    parts = [logps_of(policy, [rows[i] for i in part], cfg, device)[0].double().cpu() for part in data.token_batches(rows, TOKEN_BUDGET)]
+    parts = [logps_of(policy, [rows[i] for i in part], cfg, device)[0].double().cpu() for part in data.token_batches(rows, policy.token_budget)]
     return torch.cat(parts) if parts else torch.zeros(0, dtype=torch.float64)
+
+
+def frozen_reference(cfg, group):
+    return model.load_policy(cfg.ref, device=group.device, dtype=DTYPES[cfg.dtype]).requires_grad_(False)
 
 
 class Reference:
@@ -304,16 +327,16 @@ class Reference:
     reach are left out.
     """
 
-    def __init__(self, folder, rows, cfg, group):
-        self.folder, self.rows, self.cfg, self.group = folder, rows, cfg, group
+    def __init__(self, rows, cfg, group):
+        self.rows, self.cfg, self.group = rows, cfg, group
         self.prompts = [r.prompt_key for r in rows]
         self.matched_table, self.mismatched_table, self.epoch = None, None, None
 
     def _score(self, rows, needed, what):
-        policy = model.load_policy(self.folder, device=self.group.device, dtype=DTYPES[self.cfg.dtype])
+        policy = frozen_reference(self.cfg, self.group)
         table = torch.zeros(len(rows), dtype=torch.float64)
         with self.group.bar(needed, what) as bar:
-            for k, part in enumerate(data.token_batches(rows, TOKEN_BUDGET)):
+            for k, part in enumerate(data.token_batches(rows, policy.token_budget)):
                 if part.start >= needed:
                     break
                 if k % self.group.size == self.group.rank:
@@ -399,7 +422,7 @@ def train_step(policy, reference, optimizer, batch, rows, task, running, *, upda
     ref_logps = reference.matched(batch) if task.needs_reference else None
     table = torch.zeros(3, n, dtype=torch.float64)                                      # loss, log pi, tokens; one column per row
     mine = list(range(group.rank, n, group.size))                                       # this rank's rows of the global batch
-    for part in micro_batches(mine, batch, rows, cfg):
+    for part in micro_batches(mine, batch, rows, cfg, policy.token_budget):
         logps, tokens = logps_of(policy, [rows[batch.rows[i]] for i in part], cfg, group.device)
 
         def to(x):
@@ -419,10 +442,12 @@ def train_step(policy, reference, optimizer, batch, rows, task, running, *, upda
         dist.all_reduce(grads)
         for p, g in zip(params, grads.split([p.numel() for p in params])):
             p.grad = g.view_as(p)
+    grad_norm = float(torch.nn.utils.clip_grad_norm_(params, cfg.max_grad_norm or math.inf))
     if not torch.isfinite(table[0]).all():
         bad = [rows[batch.rows[i]].where or f"row {batch.rows[i]}" for i in (~torch.isfinite(table[0])).nonzero()[:, 0].tolist()]
         raise SystemExit(f"step {batch.step}: the loss is not finite on {', '.join(bad[:3])}; a lower --lr, or look at these rows")
-    grad_norm = torch.nn.utils.clip_grad_norm_(params, cfg.max_grad_norm or math.inf)
+    if not math.isfinite(grad_norm):
+        raise SystemExit(f"step {batch.step}: the gradient is not finite although the loss is; a lower --lr, or --dtype fp32")
     lr = learning_rate(batch.step, cfg)
     if update:
         for g in optimizer.param_groups:
@@ -430,15 +455,15 @@ def train_step(policy, reference, optimizer, batch, rows, task, running, *, upda
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
     # ------------------------------------------------------------------------------------ everything below is diagnostics
-    return {"step": batch.step, "epoch": round(batch.epoch, 4), "loss": float(table[0].mean()), "grad_norm": float(grad_norm), "lr": lr,
+    return {"step": batch.step, "epoch": round(batch.epoch, 4), "loss": float(table[0].mean()), "grad_norm": grad_norm, "lr": lr,
             "tokens_per_second": float(table[2].sum()) / (time.perf_counter() - start)} | diagnostics(table[1], ref_logps, batch, rows, task, shared)
 
 
-def micro_batches(mine, batch, rows, cfg):
+def micro_batches(mine, batch, rows, cfg, budget):
     """This rank's rows in slices: --micro_batch_size rows, or as many as fit the token budget."""
     if cfg.micro_batch_size:
         return [mine[i:i + cfg.micro_batch_size] for i in range(0, len(mine), cfg.micro_batch_size)]
-    return [mine[part.start:part.stop] for part in data.token_batches([rows[batch.rows[i]] for i in mine], TOKEN_BUDGET)]
+    return [mine[part.start:part.stop] for part in data.token_batches([rows[batch.rows[i]] for i in mine], budget)]
 
 
 def learning_rate(step, cfg):
@@ -553,33 +578,36 @@ def fit(policy, rows, cfg, group, what):
     return loss
 
 
-def base_model(cfg, group, tokenizer, stages, shape):
-    """The folder of a small GPT trained through `stages` [(name, rows, settings)]; made once, then reused.
+def base_model(cfg, group, source):
+    """The folder of a small GPT trained through `source.stages()`; made once, then reused.
 
-    Its name is a hash of all it depends on: the code, the seed, the settings and the rows. Rank 0 makes it, alone and with a
-    fixed number of threads, in a folder beside that is renamed when done.
+    Its name is a hash of all it depends on: code, seed, settings, rows. Rank 0 makes it, alone and with a fixed number of
+    threads, in a folder beside that is renamed when done. A dry run trains nothing: random weights in a temporary folder.
     """
-    key = hashlib.sha256()
-    for module in (model, data, inspect.getmodule(fit)):
-        key.update(Path(module.__file__).read_bytes() if module is not inspect.getmodule(fit) else
-                   "".join(map(inspect.getsource, (fit, train_step, token_nll_loss, learning_rate, make_optimizer, micro_batches))).encode())
-    key.update(json.dumps([asdict(shape), cfg.seed, torch.__version__, [(name, s) for name, _, s in stages]], sort_keys=True).encode())
+    stages, tokenizer = source.stages(), source.tokenizer
+    key = hashlib.sha256(json.dumps([asdict(source.shape), cfg.seed, torch.__version__, [(what, s) for what, _, s in stages]], sort_keys=True).encode())
+    for module in (data, model, world, sys.modules[__name__]):
+        key.update(Path(module.__file__).read_bytes())
     for _, rows, _ in stages:
         key.update(b"".join(r.ids.tobytes() + r.mask.tobytes() for r in rows))
     folder = Path(cfg.out).parent / f"base-{key.hexdigest()[:12]}"
+    torch.manual_seed(cfg.seed)
+    if cfg.dry_run and not folder.exists():
+        group.say("base model: not made yet; random weights stand in for it here")
+        stand_in = tempfile.mkdtemp(prefix="nanokto-dry-run-")
+        atexit.register(shutil.rmtree, stand_in, ignore_errors=True)
+        model.GPT(source.shape).save(stand_in)
+        return stand_in
     if group.rank == 0:
         with locked(folder.with_suffix(".lock")):
-            if (folder / "config.json").is_file():
+            if folder.exists():
                 group.say(f"base model: {folder} (made before; nothing it depends on has changed)")
             else:
-                threads, alone = torch.get_num_threads(), Group.__new__(Group)
-                alone.rank, alone.size, alone.device = 0, 1, group.device
-                torch.set_num_threads(min(2, os.cpu_count() or 1))
-                torch.manual_seed(cfg.seed)
-                policy = model.GPT(shape).to(alone.device)
-                for name, rows, s in stages:
+                policy = model.GPT(source.shape).to(group.device)
+                threads = use_threads(policy, alone=True)
+                for what, rows, s in stages:
                     stage = Config(**{**asdict(cfg), "micro_batch_size": 0, "dtype": "fp32", "max_grad_norm": 1.0, **s})
-                    fit(policy, rows, stage, alone, f"{name}, step")
+                    fit(policy, rows, stage, Group(device=group.device), f"{what}, step")
                 beside = folder.with_suffix(".tmp")
                 shutil.rmtree(beside, ignore_errors=True)
                 policy.save(beside, eot=tokenizer.eot)
@@ -618,115 +646,115 @@ def main(argv=None):
 
 def run(argv):
     cfg, hyper, origin = settings(argv)
-    out, embedded = Path(cfg.out), not cfg.data
+    out = Path(cfg.out)
     check_out(out, cfg)
-    source = load_world(cfg) if embedded else load_files(cfg)
-    group = Group(cfg.device)
-    say = group.say
-    tokenizer = source["tokenizer"]
-    wants = signature(LOSSES[cfg.loss])[0]
-    rows = source["rows"] if "desirable" in wants else [r for r in source["rows"] if r.desirable]
-    if not rows:
-        raise SystemExit(f"--data {cfg.data}: no rows left ({data.counts_line(source['counts'])})")
+    source = file_source(cfg) if cfg.data else world_source(cfg)
+    group = Group.join(cfg.device)
+    rows = source.rows
+    if "desirable" not in signature(LOSSES[cfg.loss])[0]:                       # a loss that knows no labels imitates: good rows only
+        rows = [r for r in rows if r.desirable]
+        if not rows:
+            raise SystemExit(f"--loss {cfg.loss}: learns from desirable rows only, and there are none ({data.counts_line(source.counts)})")
     cfg.batch_size = min(cfg.batch_size, len(rows))
-    per_epoch = data.steps_per_epoch(len(rows), cfg.batch_size)
-    cfg.steps = cfg.steps or max(1, math.ceil(cfg.epochs * per_epoch))
+    cfg.steps = cfg.steps or max(1, math.ceil(cfg.epochs * data.steps_per_epoch(len(rows), cfg.batch_size)))
     n_d, n_u = sum(r.desirable for r in rows), sum(not r.desirable for r in rows)
     balance = set_lambdas(hyper, n_d, n_u, cfg.lambda_ratio)
-    z0 = hyper.pop("z0", None)
-    task = Task(cfg, group, LOSSES[cfg.loss], hyper, z0)
+    own = dict(hyper)
+    task = Task(cfg, group, LOSSES[cfg.loss], hyper, z0=hyper.pop("z0", None))
     prompts = [r.prompt_key for r in rows]
     if task.needs_partners and len(set(prompts)) < 2:
-        raise SystemExit(f"--data {cfg.data}: all {len(rows)} rows have one prompt; z0 is estimated from mismatched pairs, which need two. "
-                         "Give --z0 zero" + (" or more data" if embedded else f" or more prompts (longer than --max_prompt_len {cfg.max_prompt_len}?)"))
-
-    # --- say what is about to happen
-    say(f"nanoKTO: {cfg.loss} {'= ' + inspect.getdoc(task.loss).splitlines()[0] if inspect.getdoc(task.loss) else ''}")
-    say(source["story"])
-    say(f"data: {source['format']} | {data.counts_line(source['counts'])}")
-    for line in [source.get("hint"), balance]:
-        if line:
-            say(line)
-    own = {**hyper, **({} if z0 is None else {"z0": z0})}
-    say("settings: " + ", ".join(f"{k} {v:g} ({origin[k]})" if isinstance(v, float) else f"{k} {v} ({origin[k]})" for k, v in
-                                 {**own, "lr": cfg.lr, "steps": cfg.steps, "batch_size": cfg.batch_size, "dtype": cfg.dtype, "seed": cfg.seed}.items())
-        + f" | {group.device}, {group.size} process{'es' if group.size > 1 else ''} x {torch.get_num_threads()} threads")
+        raise SystemExit(f"--data {' '.join(cfg.data)}: all rows have one prompt, as the model sees it (--max_prompt_len {cfg.max_prompt_len}); "
+                         "z0 is estimated from mismatched pairs, which need two: give --z0 zero or more prompts")
+    announce(source, task, {**own, **{k: getattr(cfg, k) for k in ("lr", "steps", "batch_size", "dtype", "seed")}}, origin, balance)
 
     # --- where it starts, and what it is compared with
     clock = time.perf_counter()
-    base = source["base"](group) if source["base"] else cfg.model
-    init, ref = cfg.init or base, cfg.ref or base
-    policy = model.load_policy(init, device=group.device, dtype=DTYPES[cfg.dtype])
+    base = cfg.model or (cfg.init if cfg.init and cfg.ref else base_model(cfg, group, source))
+    cfg.init, cfg.ref = cfg.init or base, cfg.ref or base
+    policy = model.load_policy(cfg.init, device=group.device, dtype=DTYPES[cfg.dtype])
     if policy.context < cfg.max_len:
-        raise SystemExit(f"--max_len {cfg.max_len}: {init} has a context of {policy.context} tokens")
-    if tokenizer.vocab_size > policy.vocab_size:
-        raise SystemExit(f"--model {init}: the tokenizer has {tokenizer.vocab_size} tokens, the model's embedding only {policy.vocab_size}")
-    reference = Reference(ref, rows, cfg, group) if task.needs_reference else None
-    n_params = sum(p.numel() for p in policy.parameters())
-    say(f"policy: {init} ({n_params:,} weights{'' if getattr(policy, 'flat', True) else ', padded rows: this architecture mixes flat ones'})"
-        + (f" | reference: {ref}" if reference else " | no reference needed"))
-    base_seconds = time.perf_counter() - clock
+        raise SystemExit(f"--max_len {cfg.max_len}: the model in {cfg.init} has a context of {policy.context} tokens")
+    if source.tokenizer.vocab_size > policy.vocab_size:
+        raise SystemExit(f"--model {cfg.init}: its tokenizer has {source.tokenizer.vocab_size} tokens, its embedding only {policy.vocab_size}")
+    use_threads(policy)
+    reference = Reference(rows, cfg, group) if task.needs_reference else None
+    group.say(f"policy: {cfg.init}, {sum(p.numel() for p in policy.parameters()):,} weights"
+              + ("" if policy.flat else " (rows are padded: this architecture does not keep flat ones apart)")
+              + (f" | reference: {cfg.ref}" if reference else " | no reference needed"))
+    seconds = {"base": time.perf_counter() - clock}
     optimizer = make_optimizer(policy, cfg)
-    record = {**asdict(cfg), **own, "init": init, "ref": ref, "task": "world" if embedded else "files", "threshold": None if math.isnan(cfg.threshold) else cfg.threshold,
-              "origin": origin, "versions": {"torch": torch.__version__, "python": sys.version.split()[0], "numpy": np.__version__}, "commit": git_commit(),
-              "n_desirable": n_d, "n_undesirable": n_u, "processes": group.size}
-    start, running = resume(out, record, policy, optimizer) if cfg.resume else (0, {})
-    apart = Path(init).resolve() != Path(ref).resolve()
+    record = {**asdict(cfg), **own, "task": source.task, "origin": origin, "n_desirable": n_d, "n_undesirable": n_u,
+              "processes": group.size, "versions": {"torch": torch.__version__, "python": sys.version.split()[0], "numpy": np.__version__}, "commit": git_commit()}
+    apart = Path(cfg.init).resolve() != Path(cfg.ref).resolve()
     if cfg.dry_run:
         return dry_run(policy, reference, optimizer, rows, prompts, task, apart)
+    start, running = resume(out, record, policy, optimizer) if cfg.resume else (0, {})
     if group.rank == 0:
         prepare_out(out, record, start, cfg)
     group.barrier()
 
-    # --- the loop
-    clock, metrics, stop = time.perf_counter(), [], []
-    previous = {s: signal.signal(s, lambda *_: stop.append(True)) for s in (signal.SIGINT, signal.SIGTERM)} if in_main_thread() else {}
-    log = open(out / "metrics.jsonl", "a") if group.rank == 0 else None
-    bar = None
+    clock = time.perf_counter()
+    loop(policy, reference, optimizer, rows, prompts, task, source, range(start, cfg.steps), running, apart)
+    seconds["align"] = time.perf_counter() - clock
+    if group.rank == 0:
+        policy.save(out / "model", eot=source.tokenizer.eot)
+        source.tokenizer.save(out / "model")
+        source.report(policy, frozen_reference(cfg, group), seconds)
+    group.barrier()
+
+
+def loop(policy, reference, optimizer, rows, prompts, task, source, steps, running, apart):
+    """The steps of one run, with what they leave behind: metrics.jsonl, checkpoints, a progress bar. Ctrl-C saves and stops."""
+    cfg, group, out, stop, bar = task.cfg, task.group, Path(task.cfg.out), [], None
+    handlers = {s: signal.signal(s, lambda *_: stop.append(1)) for s in (signal.SIGINT, signal.SIGTERM)} if in_main_thread() else {}
+    log = open(out / "metrics.jsonl" if group.rank == 0 else os.devnull, "a")
     try:
-        for step in range(start, cfg.steps):
+        for step in steps:
             batch = data.batch_at(prompts, cfg.batch_size, seed=cfg.seed, step=step)
             m = train_step(policy, reference, optimizer, batch, rows, task, running)
+            # -------------------------------------------------------------------------- everything below is diagnostics
             if step == 0:
-                say(check_first_step(m, predicted_first_loss(batch, rows, task), cfg, apart))
-            if cfg.eval_every and (step + 1) % cfg.eval_every == 0:
-                m |= source["quick"](policy, ref, group)
-            if log:
-                log.write(json.dumps(m) + "\n")
-                log.flush()
-            metrics.append(m)
-            bar = bar or group.bar(cfg.steps, f"{cfg.loss}, step", initial=start)
+                group.say(check_first_step(m, predicted_first_loss(batch, rows, task), cfg, apart))
+            if cfg.eval_every and (step + 1) % cfg.eval_every == 0 and group.rank == 0:
+                m |= {f"eval/{k}": v for k, v in source.quick(policy, frozen_reference(cfg, group)).items()}
+            log.write(json.dumps(m) + "\n")
+            log.flush()
+            bar = bar or group.bar(cfg.steps, f"{cfg.loss}, step", initial=step)
             bar.update()
             if (step + 1) % cfg.log_every == 0:
-                bar.set_postfix_str(f"loss {m['loss']:.3f}" + (f" margin {m['rewards/margins']:.2f}" if m.get("rewards/margins") is not None else ""), refresh=False)
-            stopped = bool(group.sum(torch.tensor([float(len(stop))]))[0])                   # all ranks stop at the same step
+                bar.set_postfix_str(f"loss {m['loss']:.3f}" + (f" margin {m['rewards/margins']:.2f}" if m.get("rewards/margins") is not None else ""),
+                                    refresh=False)
+            stopped = bool(group.sum(torch.tensor(float(len(stop)))))                # all ranks stop after the same step
             if stopped or (step + 1) % cfg.save_every == 0 or step + 1 == cfg.steps:
                 if group.rank == 0:
                     save_checkpoint(out / "checkpoint", policy, optimizer, step + 1, running)
                 group.barrier()
             if stopped and step + 1 < cfg.steps:
-                bar.close()
-                raise SystemExit(f"stopped after step {step + 1} of {cfg.steps}; the checkpoint is in {out}/checkpoint; the same command with --resume goes on")
+                raise SystemExit(f"stopped after step {step + 1} of {cfg.steps}; {out}/checkpoint has it, the same command with --resume goes on")
     finally:
-        for s, handler in previous.items():
+        for s, handler in handlers.items():
             signal.signal(s, handler)
+        log.close()
         if bar:
             bar.close()
-        if log:
-            log.close()
-    train_seconds = time.perf_counter() - clock
-
-    # --- what came out
-    if group.rank == 0:
-        policy.save(out / "model", eot=tokenizer.eot)
-        tokenizer.save(out / "model")
-        source["report"](policy, ref, group, base_seconds, train_seconds)
-    group.barrier()
 
 
 def in_main_thread():
-    import threading
     return threading.current_thread() is threading.main_thread()
+
+
+def announce(source, task, values, origin, balance):
+    """What is about to happen, on what, with which settings and where each of them came from."""
+    say, by_origin = task.group.say, {}
+    say(f"nanoKTO | --loss {task.cfg.loss}: {inspect.getdoc(task.loss).splitlines()[0].removesuffix('(B,)').strip()}")
+    say(source.story)
+    say(f"data: {source.format} | {data.counts_line(source.counts)}")
+    for line in filter(None, (source.hint, balance)):
+        say(line)
+    for name, value in values.items():
+        by_origin.setdefault(origin[name], []).append(f"{name} {value:g}" if isinstance(value, float) else f"{name} {value}")
+    say("settings: " + " | ".join(f"{', '.join(v)} ({k})" for k, v in by_origin.items()))
+    say(f"machine: {task.group.device}, {task.group.size} process{'es' if task.group.size > 1 else ''}")
 
 
 def set_lambdas(hyper, n_d, n_u, ratio):
@@ -734,12 +762,12 @@ def set_lambdas(hyper, n_d, n_u, ratio):
     if "auto" not in (hyper.get("lambda_d"), hyper.get("lambda_u")):
         return None
     d, u = data.lambda_weights(n_d, n_u, ratio=ratio)
-    if hyper["lambda_d"] != "auto":                                     # one is given: solve for the other
-        d, u = hyper["lambda_d"], u / d * hyper["lambda_d"]
+    if hyper["lambda_d"] != "auto":                                              # one is given: scale the other to it
+        d, u = hyper["lambda_d"], hyper["lambda_d"] * u / d
     elif hyper["lambda_u"] != "auto":
-        d, u = d / u * hyper["lambda_u"], hyper["lambda_u"]
+        d, u = hyper["lambda_u"] * d / u, hyper["lambda_u"]
     hyper |= {"lambda_d": d, "lambda_u": u}
-    reached = f"{d * n_d / (u * n_u):.4g}" if n_u and u else "undefined: one class only"
+    reached = f"{d * n_d / (u * n_u):.4g}" if n_u and u else "undefined, one class only"
     return f"lambdas: {n_d:,} desirable, {n_u:,} undesirable -> lambda_d {d:.4g}, lambda_u {u:.4g}; lambda_d n_d / (lambda_u n_u) = {reached}"
 
 
@@ -747,7 +775,7 @@ RUN_FILES = ("config.json", "metrics.jsonl", "curves.png", "frontier.png", "samp
 
 
 def check_out(out, cfg):
-    """An existing run is never overwritten unasked, and nothing that is not a run is ever deleted."""
+    """An existing run is never overwritten unasked, and nothing that is not a run's is ever deleted."""
     if out.exists() and not out.is_dir():
         raise SystemExit(f"--out {out}: is a file; expected a folder")
     is_run = (out / "config.json").is_file()
@@ -762,19 +790,18 @@ def check_out(out, cfg):
 
 def prepare_out(out, record, start, cfg):
     if not cfg.resume:
-        for name in RUN_FILES:
-            path = out / name
+        for path in (out / name for name in RUN_FILES):
             shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
     out.mkdir(parents=True, exist_ok=True)
     lines = (out / "metrics.jsonl").read_text().splitlines() if start else []
-    kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] < start]     # steps after the checkpoint are redone
+    kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] < start]     # later steps are done again
     (out / "metrics.jsonl").write_text("".join(line + "\n" for line in kept))
     (out / "config.json").write_text(json.dumps(record, indent=2) + "\n")
 
 
 def resume(out, record, policy, optimizer):
     old = json.loads((out / "config.json").read_text())
-    fixed = {f.name for f in fields(Config)} - MAY_CHANGE | {"beta", "lambda_d", "lambda_u", "z0"}
+    fixed = ({f.name for f in fields(Config)} | {"beta", "lambda_d", "lambda_u", "z0"}) - MAY_CHANGE
     changed = [f"{k} was {old[k]}, is {record[k]}" for k in sorted(fixed) if k in old and k in record and old[k] != record[k]]
     if changed:
         raise SystemExit(f"--resume: settings changed since {out} was started: {'; '.join(changed)}")
@@ -783,187 +810,122 @@ def resume(out, record, policy, optimizer):
 
 def dry_run(policy, reference, optimizer, rows, prompts, task, apart):
     """The first step without the update, then what the whole run would cost."""
-    cfg, steps = task.cfg, task.cfg.steps
-    cfg.steps = 1                                                                       # only the first slices of the reference
+    cfg, group, steps = task.cfg, task.group, task.cfg.steps
+    cfg.steps = 1                                                                    # only the reference's first slices
     batch = data.batch_at(prompts, cfg.batch_size, seed=cfg.seed, step=0)
     m = train_step(policy, reference, optimizer, batch, rows, task, {}, update=False)
-    task.group.say(check_first_step(m, predicted_first_loss(batch, rows, task), cfg, apart))
+    group.say(check_first_step(m, predicted_first_loss(batch, rows, task), cfg, apart))
     clock = time.perf_counter()
-    train_step(policy, reference, optimizer, batch, rows, task, {}, update=False)
-    seconds = time.perf_counter() - clock
-    clock = time.perf_counter()
-    some = [rows[i] for i in batch.rows]
-    score(policy, some, cfg, task.group.device)
-    per_row = (time.perf_counter() - clock) / len(some) / task.group.size
-    passes = (min(len(rows), steps * cfg.batch_size) + (steps * cfg.batch_size if task.needs_partners else 0)) if task.needs_reference else 0
+    train_step(policy, reference, optimizer, batch, rows, task, {}, update=False)      # again, now that everything is warm
+    per_step, clock = time.perf_counter() - clock, time.perf_counter()
+    score(policy, [rows[i] for i in batch.rows], cfg, group.device)
+    per_row = (time.perf_counter() - clock) / len(batch.rows) / group.size
+    passes = 0 if reference is None else min(len(rows), steps * cfg.batch_size) + steps * cfg.batch_size * task.needs_partners
     weights = sum(p.numel() * p.element_size() for p in policy.parameters()) / 2**20
-    peak = torch.cuda.max_memory_allocated() / 2**20 if task.group.device.type == "cuda" else resource_peak()
-    task.group.say(f"estimate: {steps} steps x {seconds:.3f} s + {passes:,} reference rows x {1e3 * per_row:.2f} ms = about "
-                   f"{(steps * seconds + passes * per_row) / 60:.1f} minutes, without evaluation | memory: weights {weights:.0f} MB, with gradients and "
-                   f"AdamW's state {4 * weights:.0f} MB; peak so far {peak:.0f} MB per process | nothing was written")
-
-
-def resource_peak():
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / (2**20 if sys.platform == "darwin" else 2**10)
+    rss = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
+    peak = torch.cuda.max_memory_allocated() / 2**20 if group.device.type == "cuda" else rss
+    group.say(f"estimate: {steps} steps x {per_step:.3f} s + {passes:,} reference rows x {1e3 * per_row:.2f} ms = about "
+              f"{(steps * per_step + passes * per_row) / 60:.1f} minutes, base model and evaluation apart\nmemory: weights {weights:.0f} MB, with gradients "
+              f"and AdamW's state {4 * weights:.0f} MB; peak so far {peak:.0f} MB per process\nnothing was written to {cfg.out}")
 
 
 def git_commit():
     try:
-        here = Path(__file__).parent
-        return subprocess.run(["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True, timeout=5).stdout.strip() or None
+        return subprocess.run(["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True, timeout=5).stdout.strip() or None
     except (OSError, subprocess.TimeoutExpired):
         return None
 
 
 # --- the two sources of rows ------------------------------------------------------------------------------------------
 
-def load_world(cfg):
-    """The embedded help desk: base model, thumbs up and down on its replies, a judge that knows the true utility."""
+@dataclass
+class Source:
+    """Where rows come from, how a base model for them is made, and how a result is judged."""
+    task: str                                     # "world" or "files"
+    tokenizer: object
+    rows: list
+    counts: object
+    format: str
+    story: str
+    hint: object                                  # a line of advice, or None
+    shape: object                                 # GPTConfig of the base model
+    stages: object                                # () -> [(what, rows, settings)] that train the base model
+    quick: object                                 # (policy, reference) -> a few numbers, every --eval_every steps
+    report: object                                # (policy, reference, seconds): eval.json, pictures, the end of the story
+
+
+def world_source(cfg):
+    """The embedded help desk: a base model, thumbs up and down, a judge that knows the true utility."""
     tokenizer = data.Tokenizer(world.tokenizer())
     cfg.max_len = min(cfg.max_len, world.MODEL["context"])
     cfg.max_prompt_len = min(cfg.max_prompt_len, cfg.max_len // 2)
 
-    def rows_of(records, **how):
-        examples = [data.Feedback(r["prompt"], r["completion"], r["label"]) for r in records]
-        return data.encode(examples, tokenizer, max_len=cfg.max_len, max_prompt_len=cfg.max_prompt_len, **how)
+    def encode(triples, **how):
+        return data.encode([data.Feedback(*t) for t in triples], tokenizer, max_len=cfg.max_len, max_prompt_len=cfg.max_prompt_len, **how)
 
-    rows, counts = rows_of(world.thumbs(world.pairs(world.N_PAIRS, cfg.seed), cfg.seed))
+    rows, counts = encode((r["prompt"], r["completion"], r["label"]) for r in world.thumbs(world.pairs(world.N_PAIRS, cfg.seed), cfg.seed))
 
-    def base(group):
-        def text(mix, steps, batch_size):
-            lines = world.dialogues(min(steps * batch_size, 16000), cfg.seed + 1, mix)
-            return [dict(prompt=p, completion=r, label=True) for p, r in lines]
+    def stages():
+        for mix, steps in (("pretrain", cfg.pretrain_steps), ("sft", cfg.sft_steps)):
+            text = world.dialogues(max(1, steps) * world.BASE[mix]["batch_size"], cfg.seed + 1, mix)
+            yield mix, encode(((*t, True) for t in text), train_prompt=mix == "pretrain")[0], {**world.BASE[mix], "steps": steps}
 
-        plan = {"pretrain": cfg.pretrain_steps, "sft": cfg.sft_steps}
-        stages = [(name, rows_of(text(name, max(1, steps), world.BASE[name]["batch_size"]), train_prompt=name == "pretrain")[0],
-                   {**world.BASE[name], "steps": steps}) for name, steps in plan.items()]
-        if "init" in cfg.__dict__ and cfg.init and cfg.ref:
-            return cfg.ref
-        shape = model.GPTConfig(vocab_size=tokenizer.vocab_size, **world.MODEL)
-        return base_model(cfg, group, tokenizer, stages, shape)
+    def judge(policy, reference, **how):
+        return evaluate.evaluate_world(policy, reference, tokenizer, seed=cfg.seed, **how)
 
-    def quick(policy, ref, group):
-        reference = model.load_policy(ref, device=group.device, dtype=DTYPES[cfg.dtype])
-        r = evaluate.evaluate_world(policy, reference, tokenizer, part="tune", n=192, seed=cfg.seed, device=group.device)
-        return {f"eval/{k}": r[k] for k in ("win_rate", "reward", "kl", "malformed")}
-
-    def report(policy, ref, group, base_seconds, train_seconds):
-        clock, out = time.perf_counter(), Path(cfg.out)
-        reference = model.load_policy(ref, device=group.device, dtype=DTYPES[cfg.dtype])
-        r = evaluate.evaluate_world(policy, reference, tokenizer, seed=cfg.seed, device=group.device)
-        metrics = [json.loads(line) for line in open(out / "metrics.jsonl")]
-        prompts = world.eval_prompts("report", 24)[:12]
-        texts = [evaluate.replies(m, tokenizer, prompts, temperature=0.7, seed=cfg.seed)[0] for m in (reference, policy)]
-        scores = [tuple(world.utility(p, t) for t in pair) for p, *pair in zip(prompts, *texts)]
-        evaluate.write_samples(out / "samples.md", prompts, *texts, scores=scores)
-        evaluate.plot_curves(metrics, out / "curves.png")
-        evaluate.plot_frontier(r, out / "frontier.png", name=cfg.loss)
-        seconds = {"base": base_seconds, "align": train_seconds, "evaluate": time.perf_counter() - clock}
-        saved = {k: v for k, v in r.items() if not k.startswith("utilities")} | {"seconds": seconds}
-        (out / "eval.json").write_text(json.dumps(saved, indent=2) + "\n")
-        best, (low, high), (u_low, u_high) = r["optimum_at_same_kl"], r["win_rate_ci95"], r["reward_ci95"]
-        z0 = [m for m in metrics if m.get("z0_raw") is not None]
-        group.say(f"""
-What came out, on {r['n']} questions about 24 (device, problem) pairs that no stage has seen:
-  win rate against the reference   {r['win_rate']:.3f}  [{low:.3f}, {high:.3f}]   (0.5: no better; best possible at this KL: {best['win_rate']:.3f})
-  true utility per reply           {r['reward']:+.2f}  [{u_low:+.2f}, {u_high:+.2f}]   (reference {r['reward_ref']:+.2f}; best possible at this KL {best['reward']:+.2f}; 3.5 is perfect)
-  KL(policy || reference)          {r['kl']:.2f} nats per reply
-  right fix, right device          {r['right']:.0%}   (reference {r['right_ref']:.0%})
-  malformed replies                {r['malformed']:.1%}   (reference {r['malformed_ref']:.1%})
-  length in tokens                 {r['length']:.1f}   (reference {r['length_ref']:.1f})
-  greedy decoding, true utility    {r['reward_greedy']:+.2f}   (reference {r['reward_ref_greedy']:+.2f})""")
-        if z0:
-            group.say(f"  z0 before the clamp, last step    {z0[-1]['z0_raw']:+.2f}; clamped to 0 in {np.mean([m['z0_raw'] <= 0 for m in z0]):.0%} of the steps")
-        group.say("\nOne of them, at temperature 0.7 (utility in front):")
-        show = max(range(len(prompts)), key=lambda i: scores[i][1] - scores[i][0])
-        group.say(f"  {prompts[show]}\n    reference ({scores[show][0]:+.1f})  {texts[0][show]}\n    policy    ({scores[show][1]:+.1f})  {texts[1][show]}")
-        group.say(f"""
-seconds: base model {base_seconds:.0f}, alignment {train_seconds:.0f}, evaluation {seconds['evaluate']:.0f}
-files:   {out}/curves.png, frontier.png, samples.md, eval.json, metrics.jsonl, model/ (transformers loads it)
-next:    python evaluate.py {out} --prompt "{prompts[0]}"
-         python train.py --loss {cfg.loss} --beta 0.1 --out {out}-beta0.1     (what does beta do to the KL?)
-         python train.py --loss bco          python train.py --help""")
-
-    story = ("task: a help desk that must learn what customers like. Its true utility is known, so the result can be checked.\n"
-             "      First a base model (pretrained, then fine-tuned on good and bad replies alike: the reference), then alignment\n"
-             f"      from {counts['desirable']:,} thumbs up and {counts['undesirable']:,} thumbs down. On 2 cores the whole takes about 2 minutes.")
-    return dict(tokenizer=tokenizer, rows=rows, counts=counts, format="embedded world", story=story, base=base, quick=quick, report=report)
+    story = ("task: a help desk learns what its customers like. The true utility of every reply is known, so the result can be checked.\n"
+             "      A base model is pretrained and fine-tuned on replies good and bad: the reference. Then alignment starts from it, with\n"
+             f"      {counts['desirable']:,} thumbs up and {counts['undesirable']:,} thumbs down. All in all about a minute on 2 cores.")
+    return Source("world", tokenizer, rows, counts, "embedded world", story, None, model.GPTConfig(vocab_size=tokenizer.vocab_size, **world.MODEL),
+                  lambda: list(stages()),
+                  lambda policy, reference: {k: v for k, v in judge(policy, reference, part="tune", n=192).items()
+                                             if k in ("win_rate", "reward", "kl", "malformed")},
+                  lambda policy, reference, seconds: evaluate.report_world(judge, policy, reference, tokenizer, cfg, seconds))
 
 
-def load_files(cfg):
+def file_source(cfg):
     """The user's own preference files, for a Hugging Face model or for the small GPT."""
     columns = {}
     for item in filter(None, cfg.columns.split(",")):
         ours, equals, theirs = item.partition("=")
         if not equals or ours not in {c for needs in data.FORMATS.values() for c in needs}:
-            raise SystemExit(f"--columns {cfg.columns}: expected prompt=question,completion=answer,...; {item!r} is not of that form")
+            raise SystemExit(f"--columns {cfg.columns}: {item!r} is not of the form prompt=question,completion=answer,...")
         columns[ours] = theirs
-    threshold = None if math.isnan(cfg.threshold) else cfg.threshold
-    for folder in filter(None, (cfg.model, cfg.init, cfg.ref)):
-        model.read_model_config(folder), model.weight_files(folder)
-    if cfg.model:
-        c = model.read_model_config(cfg.model)
-        cfg.max_len = min(cfg.max_len, c.get("max_position_embeddings") or c.get("n_positions") or cfg.max_len)
+    for name in ("model", "init", "ref"):
+        if folder := getattr(cfg, name):
+            shape = model.read_model_config(folder, name)
+            model.weight_files(folder, name)
+            cfg.max_len = min(cfg.max_len, shape.get("max_position_embeddings") or shape.get("n_positions") or cfg.max_len)
     tokenizer = data.load_tokenizer(cfg.model or cfg.tokenizer or None)
-    cfg.max_prompt_len = min(cfg.max_prompt_len, cfg.max_len - 1)
 
-    def rows_of(files, **how):
-        examples, name = data.read(files.split(","), columns=columns, threshold=threshold)
-        feedback = data.to_feedback(examples)
-        rows, counts = data.encode(feedback, tokenizer, max_len=cfg.max_len, max_prompt_len=cfg.max_prompt_len, add_eot=cfg.add_eot, **how)
+    def read(files):
+        examples, name = data.read(files, columns=columns, threshold=None if math.isnan(cfg.threshold) else cfg.threshold)
+        examples = data.to_feedback(examples)
+        rows, counts = data.encode(examples, tokenizer, max_len=cfg.max_len, max_prompt_len=cfg.max_prompt_len, add_eot=cfg.add_eot)
         if not rows:
-            raise SystemExit(f"--data {files}: no rows left ({data.counts_line(counts)})")
-        return rows, counts, name, feedback
+            raise SystemExit(f"--data {' '.join(files)}: no rows left ({data.counts_line(counts)})")
+        return examples, rows, counts, name
 
-    rows, counts, name, feedback = rows_of(cfg.data)
-    held_out = rows_of(cfg.eval_data) if cfg.eval_data else None
+    examples, rows, counts, name = read(cfg.data)
+    held_out, held_out_rows = read(cfg.eval_data)[:2] if cfg.eval_data else ([], [])
+    group_device = lambda policy: next(policy.parameters()).device                                              # noqa: E731
 
-    def base(group):
-        shape = model.GPTConfig(vocab_size=tokenizer.vocab_size, context=cfg.max_len, n_layer=4, n_head=4, d_model=128)
+    def margins(policy, reference, some):
+        ratios = (score(p, some, cfg, group_device(policy)) for p in (policy, reference))
+        return evaluate.margins(*ratios, [r.desirable for r in some])
+
+    def stages():
         good = [r for r in rows if r.desirable] or rows
-        return base_model(cfg, group, tokenizer, [("sft", good, dict(steps=cfg.sft_steps, batch_size=cfg.batch_size, lr=1e-3, warmup=20, weight_decay=0.1))], shape)
+        return [("sft", good, dict(steps=cfg.sft_steps, batch_size=cfg.batch_size, lr=1e-3, warmup=20, weight_decay=0.1))]
 
-    def accuracy(policy, ref, group, some):
-        """Implied rewards of some rows: mean margin and accuracy against 0, each row scored by policy and reference."""
-        reference = model.load_policy(ref, device=group.device, dtype=DTYPES[cfg.dtype])
-        ratios = score(policy, some, cfg, group.device) - score(reference, some, cfg, group.device)
-        up = torch.tensor([r.desirable for r in some])
-        mean = lambda x: float(x.mean()) if len(x) else None                                                   # noqa: E731
-        good, bad = mean(ratios[up]), mean(ratios[~up])
-        return {"logratio_desirable": good, "logratio_undesirable": bad, "margin": None if None in (good, bad) else good - bad,
-                "accuracy": float(torch.where(up, ratios > 0, ratios < 0).double().mean()), "n": len(some)}
+    def report(policy, reference, seconds):
+        result = {"train": margins(policy, reference, rows[:1000])} | ({"eval": margins(policy, reference, held_out_rows)} if held_out_rows else {})
+        prompts = list(dict.fromkeys(e.prompt for e in held_out or examples))[:6]
+        evaluate.report_files(result, policy, reference, tokenizer, prompts, cfg, seconds)
 
-    def quick(policy, ref, group):
-        return {f"eval/{k}": v for k, v in accuracy(policy, ref, group, (held_out or [rows])[0][:512]).items()}
-
-    def report(policy, ref, group, base_seconds, train_seconds):
-        out = Path(cfg.out)
-        result = {"win_rate": None, "win_rate_ci95": None, "reward": None, "reward_ref": None, "kl": None, "n": 0,
-                  "why_null": "files bring no judge; samples.md shows both models' answers side by side",
-                  "train": accuracy(policy, ref, group, rows[:1000])}
-        if held_out:
-            result["eval"] = accuracy(policy, ref, group, held_out[0])
-        prompts = list(dict.fromkeys(e.prompt for e in (held_out or [0, 0, 0, feedback])[3] if e.completion.strip()))[:6]
-        reference = model.load_policy(ref, device=group.device, dtype=DTYPES[cfg.dtype])
-        room = max(1, min(128, cfg.max_len // 4))
-        texts = [evaluate.replies(m, tokenizer, prompts, temperature=0.7, seed=cfg.seed, max_new_tokens=room)[0] for m in (reference, policy)]
-        evaluate.write_samples(out / "samples.md", [evaluate.prompt_text(p) for p in prompts], *texts)
-        metrics = [json.loads(line) for line in open(out / "metrics.jsonl")]
-        evaluate.plot_curves(metrics, out / "curves.png")
-        result["seconds"] = {"base": base_seconds, "align": train_seconds}
-        (out / "eval.json").write_text(json.dumps(result, indent=2) + "\n")
-        for key in ("train", "eval"):
-            if key in result:
-                r = result[key]
-                n = lambda x: "none of them" if x is None else f"{x:+.3f}"                                       # noqa: E731
-                group.say(f"{key} rows ({r['n']}): log pi/pi_ref of desirable {n(r['logratio_desirable'])}, undesirable {n(r['logratio_undesirable'])}, "
-                          f"margin {n(r['margin'])} nats, on the right side of 0: {r['accuracy']:.1%}")
-        group.say(f"seconds: {train_seconds:.0f}\nfiles:   {out}/curves.png, samples.md, eval.json, metrics.jsonl, model/")
-
-    hint = data.cut_hint(feedback, cfg.add_eot)
-    return dict(tokenizer=tokenizer, rows=rows, counts=counts, format=name, story=f"task: {cfg.data}", hint=hint,
-                base=None if cfg.model else base, quick=quick, report=report)
+    return Source("files", tokenizer, rows, counts, name, f"task: {' '.join(cfg.data)}", data.cut_hint(examples, cfg.add_eot),
+                  model.GPTConfig(vocab_size=tokenizer.vocab_size, context=cfg.max_len, n_layer=4, n_head=4, d_model=128), stages,
+                  lambda policy, reference: margins(policy, reference, (held_out_rows or rows)[:512]), report)
 
 
 if __name__ == "__main__":

@@ -357,7 +357,7 @@ def tokenizer():
             for a, b in itertools.pairwise(parts):
                 joined[a + b] += counts[word]
         best = max(joined, key=lambda token: (joined[token], token))  # ties by bytes: the same vocabulary everywhere
-        ranks.setdefault(best, len(ranks))
+        ranks[best] = len(ranks)
         for parts in words.values():
             i = 0
             while i < len(parts) - 1:
@@ -520,13 +520,11 @@ def kto_optimum(beta, *, lambda_d=1.0, lambda_u=1.0, z0=0.0, flip=0.0, labels="p
 def optimum_at_kl(kl):
     """The frontier's point at a given KL in nats, by bisection over log beta.
 
-    Beyond the KL of the best class alone (4.4) it is the frontier's end; an estimate <= 0 gives the reference.
+    Beyond the KL of the best class alone (4.4) it is the frontier's end; an estimate <= 0 gives the reference (beta 1e9).
     """
     end = optimum(1e-3)  # all mass on the best class, to the last bit
     if kl >= end.kl:
         return end._replace(beta=0.0)
-    if kl <= 0:
-        return optimum(math.inf)
     return optimum(math.exp(_bisect(lambda log_beta: optimum(math.exp(log_beta)).kl - kl, math.log(1e-3), math.log(1e9))))
 
 

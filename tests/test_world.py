@@ -47,7 +47,7 @@ def test_the_three_parts_are_disjoint_and_train_has_every_device_and_problem():
     assert {k: len(v) for k, v in parts.items()} == {"train": 72, "tune": 24, "report": 24}
     assert len({cell for part in parts.values() for cell in part}) == 120
     assert {d for d, _ in parts["train"]} == set(DEVICES) and {p for _, p in parts["train"]} == set(PROBLEMS)
-    assert parts["tune"][0] == ("laptop", "has a cracked cover") and parts["report"][0] == parts["report"][0]
+    assert parts["tune"][0] == ("laptop", "has a cracked cover") and parts["report"][0] == ("headset", "shows the wrong time")
 
 
 def test_no_held_out_cell_leaks_into_any_training_data():
@@ -139,15 +139,15 @@ def test_each_unknown_or_misplaced_sentence_costs_one_point(reply, u, malformed)
     assert utility(PROMPT, reply) == v.utility
 
 
-def test_no_deletion_or_swap_of_sentences_beats_the_slots_it_leaves():
-    """A parser with loopholes would pay for disorder: shuffled sentences never score more than in order."""
-    rng = random.Random(0)
-    for _ in range(500):
-        reply = write_reply(rng, "router", "gets too hot", sample_slots(rng))
-        sentences = re.split(r"(?<=[.!?]) ", reply)
-        rng.shuffle(sentences)
-        assert utility(PROMPT, " ".join(sentences)) <= max(utility(PROMPT, reply), 2.0 - 1.0 + 0.5 + 1.0)
-        assert judge(PROMPT, " ".join(sentences)).malformed > 0 or " ".join(sentences) == reply or len(set(sentences) & set(FILLER)) > 1
+def test_no_text_is_worth_more_than_the_best_reply_and_junk_never_pays():
+    sentences = [GOOD, "For your router, please lower the brightness.", "I do not know.", "Happy to help.", "Not again.", F, G,
+                 "Write back if you need more help.", "Do not write again.", "Hm."]
+    best = [-math.inf, -math.inf]  # of well-formed texts, of malformed ones
+    for k in range(5):
+        for text in itertools.product(sentences, repeat=k):
+            v = judge(PROMPT, " ".join(text))
+            best[v.malformed > 0] = max(best[v.malformed > 0], v.utility)
+    assert best == [3.5, 2.5]  # one point below: what the junk sentence costs
 
 
 # --- the reference ----------------------------------------------------------------------------------------------------
@@ -250,6 +250,15 @@ def test_the_annotator_is_bradley_terry():
     assert len(bands) == 4
     for won, expected, variance in bands.values():
         within(won, expected, math.sqrt(variance))
+
+
+def test_the_noise_of_the_scores_is_gumbel():
+    """Normal noise of the same size would pass for Bradley-Terry in 8000 pairs, but not here: Gumbel is skewed."""
+    noise = [r[f"score_{k}"] - utility(r["prompt"], r[k]) for r in pairs(4000, 1) for k in ("chosen", "rejected")]
+    within(sum(noise) / 8000, 0.5772, math.pi / math.sqrt(6 * 8000))
+    for x in (-1, 0, 2):
+        p = math.exp(-math.exp(-x))
+        within(sum(e < x for e in noise) / 8000, p, math.sqrt(p * (1 - p) / 8000))
 
 
 @pytest.mark.parametrize("flip", [0.0, 0.3])
@@ -457,7 +466,7 @@ def population_kto(logratios, p, q, beta, z0, lambda_d=1.0, lambda_u=1.0):
     return (everyone * losses).sum()
 
 
-def minimise(p, loss, steps=500):
+def minimise(p, loss, steps=100):
     """LBFGS over the logits of a softmax policy, from the reference.   -> (loss, policy)"""
     logits = p.log().clone().requires_grad_()
     opt = torch.optim.LBFGS([logits], max_iter=steps, tolerance_grad=1e-14, tolerance_change=0, line_search_fn="strong_wolfe")
@@ -493,7 +502,7 @@ def test_kto_optima_satisfy_their_stationarity_condition(beta, z0):
     c = [2 * q - 1 for q in map(win_probability, U.tolist())]
     r = world.kto_logratios(list(zip(P.tolist(), c)), beta=beta, z0=z0)
     alive = [(c_y, r_y) for c_y, r_y in zip(c, r) if r_y > -math.inf]
-    s = [world.sigmoid(beta * (r_y - z0)) for _, r_y in alive]
+    s = [1 / (1 + math.exp(-beta * (r_y - z0))) for _, r_y in alive]  # the tanh form has no relative precision near 0
     nu = [c_y * beta * x * (1 - x) / math.exp(r_y) for (c_y, r_y), x in zip(alive, s)]
     assert max(nu) == pytest.approx(min(nu), rel=1e-9)  # one multiplier for all; Newton and bisection leave ~1e-12
     assert math.fsum(p * math.exp(x) for p, x in zip(P.tolist(), r)) == pytest.approx(1, abs=1e-12)
@@ -505,7 +514,7 @@ def test_for_large_beta_gradient_descent_finds_nothing_lower_than_the_kto_optimu
     q = torch.tensor([win_probability(u) for u in U.tolist()], dtype=torch.float64)
     loss = lambda r: population_kto(r, P, q, beta, 0.0)
     exact = torch.tensor(world.kto_logratios(list(zip(P.tolist(), (2 * q - 1).tolist())), beta=beta), dtype=torch.float64)
-    value, _ = minimise(P, loss, steps=300)
+    value, _ = minimise(P, loss)
     assert -1e-5 < value - loss(exact.clamp_min(-1e3)).item() < 1e-3  # below by what one class more or less can matter
 
 

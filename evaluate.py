@@ -259,10 +259,29 @@ def load_run(out, device="cpu"):
     return load_policy(out / "model", device=device), load_policy(config["ref"], device=device), load_tokenizer(out / "model"), config
 
 
+def summary(runs):
+    """A markdown table of several runs' eval.json, and mean +- standard deviation over them."""
+    results = [json.loads((Path(r) / "eval.json").read_text()) for r in runs]
+    columns = {"win rate": lambda r: r["win_rate"], "best win rate at this KL": lambda r: r["optimum_at_same_kl"]["win_rate"],
+               "true utility": lambda r: r["reward"], "best utility at this KL": lambda r: r["optimum_at_same_kl"]["reward"],
+               "KL, nats": lambda r: r["kl"], "malformed": lambda r: r["malformed"], "greedy utility": lambda r: r["reward_greedy"],
+               "seconds": lambda r: sum(r["seconds"].values())}
+    lines = ["| run | " + " | ".join(columns) + " |", "|---" * (len(columns) + 1) + "|"]
+    for run, r in zip(runs, results):
+        cells = [f"{f(r):.3f}" if name != "seconds" else f"{f(r):.0f}" for name, f in columns.items()]
+        low, high = r["win_rate_ci95"]
+        lines.append(f"| {Path(run).name} | {cells[0]} [{low:.3f}, {high:.3f}] | " + " | ".join(cells[1:]) + " |")
+    values = {name: np.array([f(r) for r in results]) for name, f in columns.items()}
+    lines.append("| mean +- sd | " + " | ".join(f"{v.mean():.3f} +- {v.std(ddof=1):.3f}" if name != "seconds" else f"{v.mean():.0f}"
+                                                for name, v in values.items()) + " |")
+    return "\n".join(lines)
+
+
 def main(argv):
     import argparse
     p = argparse.ArgumentParser(prog="evaluate.py", description="Measure a finished run again, or let both models answer.")
     p.add_argument("run", help="a run's folder, out/kto")
+    p.add_argument("more", nargs="*", help="more runs (other seeds): their eval.json side by side, with mean and standard deviation")
     p.add_argument("--prompt", action="append", help="answer this from reference and policy, side by side (repeatable)")
     p.add_argument("--temperature", type=float, default=0.7)
     p.add_argument("--top_p", type=float, default=1.0)
@@ -273,6 +292,9 @@ def main(argv):
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--device", default="cpu")
     a = p.parse_args(argv)
+    if a.more:
+        print(summary([a.run, *a.more]))
+        return
     policy, reference, tokenizer, config = load_run(a.run, a.device)
     if a.prompt:
         how = dict(temperature=a.temperature, top_p=a.top_p, seed=a.seed, max_new_tokens=a.max_new_tokens)

@@ -3,9 +3,21 @@ import os
 import sys
 from pathlib import Path
 
-os.environ.update(HF_HUB_OFFLINE="1", TRANSFORMERS_VERBOSITY="error", TOKENIZERS_PARALLELISM="false")
+os.environ.update(HF_HUB_OFFLINE="1", TRANSFORMERS_VERBOSITY="error", TOKENIZERS_PARALLELISM="false", OMP_WAIT_POLICY="PASSIVE")
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+import pytest
 import torch
 
 torch.set_num_threads(1)             # tensors here are tiny, and sums come out in the same order on every machine
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "slow: minutes, not seconds; left out unless asked for with -m slow")
+
+
+def pytest_collection_modifyitems(config, items):
+    if not config.option.markexpr:
+        slow = [i for i in items if i.get_closest_marker("slow")]
+        config.hook.pytest_deselected(items=slow)
+        items[:] = [i for i in items if i not in slow]

@@ -18,7 +18,7 @@ settings.load_profile("nanokto")
 
 BYTES = data.load_tokenizer()
 NASTY = ["</s>", "<s>", EOT, "<|user|>", "<|assistant|>", "\x0c", "\x85", "\u2028", "\r\n", "\n", "\t", "\x00", "  ", "\u27e60:content\u27e7",
-         "\u4f60\u597d\u3002", "\U0001f600", "\u0301", "\ufeff", "{{ x }}", "[INST]"]
+         "\u4f60\u597d\u3002", "\U0001f600", "\u0301", "\ufeff", "{{ x }}", "[INST]", " .", " n't"]
 texts = st.lists(st.sampled_from(NASTY) | st.text(max_size=6), max_size=6).map("".join)
 answers = texts.filter(lambda s: s.strip())
 
@@ -756,7 +756,7 @@ def test_shared_scored_reviews_are_read_as_the_readme_counts_them():
     rows, counts = encode(examples, BYTES, add_eot=False)
     assert counts["dropped: empty response"] == 17 and len(rows) == 2543
     assert len(examples) - len({(e.prompt, e.completion) for e in examples}) == 4 and "duplicates (kept)" not in counts   # all four empty
-    assert all(BYTES.eot not in r.ids for r in rows) and "--add_eot false" in data.cut_hint(examples, True)
+    assert all(BYTES.eot not in r.ids for r in rows)
 
 
 def test_shared_answers_need_columns_and_repeat_their_questions():

@@ -1,0 +1,604 @@
+"""The loop: one step for any split, nothing lost on the way, and a plain sentence for whoever typed something wrong."""
+import json
+import math
+import os
+import re
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import data
+import evaluate
+import model
+import train
+
+ROOT = Path(train.__file__).parent
+SHARED = ROOT.parent / "shared" / "data"
+needs_shared = pytest.mark.skipif(not SHARED.is_dir(), reason="shared data folder is not here")
+
+
+def run(*words):
+    """train.main on words and flags; numbers and paths may be given as they are."""
+    train.main([str(w) for w in words])
+
+
+def torchrun(processes, *words, **how):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes), str(ROOT / "train.py")]
+    return subprocess.run(command + [str(w) for w in words], capture_output=True, text=True, timeout=240, **how)
+
+
+def metrics(out):
+    return [json.loads(line) for line in open(Path(out) / "metrics.jsonl")]
+
+
+def weights(out):
+    return load_file(Path(out) / "model" / "model.safetensors")
+
+
+def largest_difference(a, b):
+    assert a.keys() == b.keys()
+    return max(float((a[k] - b[k]).abs().max()) for k in a)
+
+
+@pytest.fixture(scope="module")
+def lab(tmp_path_factory):
+    """A file of 27 labelled rows, a random reference, and a policy that moved away from it so that z0 is well above 0."""
+    folder = tmp_path_factory.mktemp("lab")
+    rng = np.random.default_rng(0)
+    words = "sun moon rain wind leaf stone river cloud bird snow".split()
+    records = [{"prompt": f"say {words[i % 7]}: ", "completion": " ".join(rng.choice(words[:5] if i % 3 else words[5:], size=1 + i % 4)),
+                "label": bool(i % 3)} for i in range(27)]
+    (folder / "rows.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
+    torch.manual_seed(0)
+    reference = model.GPT(model.GPTConfig(257, 64, 2, 2, 32)).double()
+    reference.save(folder / "ref", eot=256)
+    rows, _ = data.encode([data.Feedback(r["prompt"], r["completion"], True) for r in records], data.load_tokenizer(), max_len=64)
+    cfg = train.settings(["--loss", "sft", "--data", str(folder / "rows.jsonl"), "--dtype", "fp64", "--steps", "15", "--lr", "2e-3", "--batch_size", "9"])[0]
+    train.fit(reference, rows, cfg, train.Group(), "moving, step")
+    reference.save(folder / "moved", eot=256)
+    return folder
+
+
+def flags(lab, out, *more, loss="kto", steps=20):
+    return ["--loss", loss, "--data", lab / "rows.jsonl", "--init", lab / "moved", "--ref", lab / "ref", "--dtype", "fp64", "--max_len", 64,
+            "--batch_size", 8, "--steps", steps, "--lr", "1e-3", "--seed", 3, "--out", out, *more]
+
+
+# --- one step, any split ------------------------------------------------------------------------------------------------
+
+@pytest.fixture(scope="module")
+def whole(lab, tmp_path_factory):
+    out = tmp_path_factory.mktemp("whole") / "run"
+    run(*flags(lab, out))
+    return out
+
+
+def test_the_split_tests_are_run_where_z0_is_not_clamped(whole):
+    m = metrics(whole)
+    assert len(m) == 20 and m[0]["z0"] > 0.1 and max(x["z0"] for x in m) > 0.1, "at z0 = 0 a wrong z0 would go unseen"
+    assert {round(x["epoch"] * 27) for x in m} >= {8, 16, 24, 27}, "the fourth batch of an epoch has 3 rows"
+
+
+@pytest.mark.parametrize("micro", [1, 3])
+def test_micro_batches_give_the_step_of_the_whole_batch(lab, whole, tmp_path, micro):
+    run(*flags(lab, tmp_path / "run", "--micro_batch_size", micro))
+    # float64 sums in another order differ by about 1e-16 each; AdamW divides by sqrt(v), which may raise that a thousandfold
+    assert largest_difference(weights(whole), weights(tmp_path / "run")) < 1e-10
+    for a, b in zip(metrics(whole), metrics(tmp_path / "run")):
+        for key in ("loss", "z0_raw", "z0", "grad_norm", "rewards/margins", "logps/chosen"):
+            assert a[key] == pytest.approx(b[key], abs=1e-10), key
+
+
+@pytest.mark.parametrize("loss", ["kto", "bco"])
+def test_two_processes_are_one(lab, whole, tmp_path, loss):
+    """bco: the running mean is over the global batch as well."""
+    if loss == "bco":
+        whole = tmp_path / "one"
+        run(*flags(lab, whole, loss=loss))
+    done = torchrun(2, *flags(lab, tmp_path / "two", "--micro_batch_size", 2, loss=loss))
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert largest_difference(weights(whole), weights(tmp_path / "two")) < 1e-10                 # as above
+    for a, b in zip(metrics(whole), metrics(tmp_path / "two")):
+        assert a["loss"] == pytest.approx(b["loss"], abs=1e-10) and a["step"] == b["step"]
+        assert a.get("z0_raw") == pytest.approx(b.get("z0_raw"), abs=1e-10)
+
+
+def test_a_process_without_rows_takes_part_in_the_step(lab, tmp_path):
+    """Batches of 2, and a last one of 1, on two processes: a rank has nothing to do and must not hang the other."""
+    run(*flags(lab, tmp_path / "one", "--batch_size", 2, steps=14))
+    done = torchrun(2, *flags(lab, tmp_path / "two", "--batch_size", 2, steps=14))
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert metrics(tmp_path / "one")[13]["epoch"] == 1 and largest_difference(weights(tmp_path / "one"), weights(tmp_path / "two")) < 1e-10
+
+
+def test_z0_is_the_mismatched_mean_and_not_the_matched_one(lab, whole):
+    """From the definition, row by row: the first step's z0_raw. A rolled vector of matched rewards has the matched mean."""
+    rows, _ = data.encode(data.read(lab / "rows.jsonl")[0], data.load_tokenizer(), max_len=64)
+    batch = data.batch_at([r.prompt_key for r in rows], 8, seed=3, step=0)
+    policy, reference = (model.load_policy(lab / name, dtype=torch.float64) for name in ("moved", "ref"))
+
+    def ratio(row):
+        logps = []
+        for m in (policy, reference):
+            ids = torch.tensor(row.ids.tolist())
+            logits = m(ids, torch.arange(len(ids)), [len(ids)])
+            logps.append(model.token_logps(logits[None], ids[None], torch.tensor(row.mask.tolist())[None].double()).sum())
+        return float((logps[0] - logps[1]).detach())
+
+    pairs = [data.make_row(rows[i].ids[:rows[i].n_prompt], rows[j].response) for i, j in zip(batch.rows, batch.partners)]
+    assert metrics(whole)[0]["z0_raw"] == pytest.approx(np.mean([ratio(r) for r in pairs]), abs=1e-12)
+    assert abs(np.mean([ratio(rows[i]) for i in batch.rows]) - metrics(whole)[0]["z0_raw"]) > 0.01
+    # and the whole first step: loss by hand from Eq. 8
+    z0 = max(0.0, metrics(whole)[0]["z0_raw"])
+    by_hand = np.mean([1 - 1 / (1 + math.exp(-0.1 * (1 if rows[i].desirable else -1) * (ratio(rows[i]) - z0))) for i in batch.rows])
+    assert metrics(whole)[0]["loss"] == pytest.approx(by_hand, abs=1e-12)
+
+
+def test_the_cached_reference_is_the_online_one(lab):
+    """Looked up per batch over two epochs, against a forward of exactly those rows."""
+    cfg, hyper, _ = train.settings([str(w) for w in flags(lab, "unused", steps=8)])
+    rows, _ = data.encode(data.read(lab / "rows.jsonl")[0], data.load_tokenizer(), max_len=64)
+    cached, online = train.Reference(rows, cfg, train.Group()), train.frozen_reference(cfg, train.Group())
+    for step in range(8):
+        b = data.batch_at([r.prompt_key for r in rows], 8, seed=3, step=step)
+        pairs = [data.mismatched(rows[i], rows[j], 64) for i, j in zip(b.rows, b.partners)]
+        for table, some in ((cached.matched(b), [rows[i] for i in b.rows]), (cached.mismatched(b), pairs)):
+            assert torch.allclose(table, train.score(online, some, cfg, torch.device("cpu")), rtol=0, atol=1e-12)
+
+
+def test_a_reference_slice_does_not_depend_on_how_many_steps_there_are(lab):
+    """Else a run resumed with more --steps would see other last bits in its reference."""
+    rows, _ = data.encode(data.read(lab / "rows.jsonl")[0], data.load_tokenizer(), max_len=64)
+    tables = []
+    for steps in (1, 8):
+        cfg, _, _ = train.settings([str(w) for w in flags(lab, "unused", "--dtype", "fp32", steps=steps)])
+        reference = train.Reference(rows, cfg, train.Group())
+        b = data.batch_at([r.prompt_key for r in rows], 8, seed=3, step=0)
+        tables.append(torch.stack([reference.matched(b), reference.mismatched(b)]))
+    assert torch.equal(*tables)
+
+
+# --- what is measured, and what is not ------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("loss, extra, references, mismatched", [
+    ("kto", [], True, True), ("kto", ["--z0", "zero"], True, False), ("kto", ["--z0", "1.5"], True, False),
+    ("apo_zero_unpaired", [], True, False), ("bco", [], True, False), ("kto_uniform", [], False, True), ("sft", [], False, False)])
+def test_only_what_the_signature_names_is_measured(lab, tmp_path, monkeypatch, loss, extra, references, mismatched):
+    seen = {"mismatched": 0, "reference": 0}
+    real_mismatched, real_reference = data.mismatched, train.frozen_reference
+    monkeypatch.setattr(data, "mismatched", lambda *a: seen.__setitem__("mismatched", 1) or real_mismatched(*a))
+    monkeypatch.setattr(train, "frozen_reference", lambda *a: seen.__setitem__("reference", 1) or real_reference(*a))
+    monkeypatch.setattr(evaluate, "report_files", lambda *a: None)
+    source = train.file_source
+    monkeypatch.setattr(train, "file_source", lambda cfg: (s := source(cfg), setattr(s, "report", lambda *a: None))[0])
+
+    def stop_before_report(*a, **k):                                       # the report loads the reference for its samples
+        assert bool(seen["reference"]) == references and bool(seen["mismatched"]) == mismatched
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(model.GPT, "save", stop_before_report)
+    with pytest.raises(KeyboardInterrupt):
+        run(*flags(lab, tmp_path / "run", *extra, loss=loss, steps=2))
+    if extra == ["--z0", "1.5"]:
+        assert metrics(tmp_path / "run")[0]["z0"] == 1.5
+
+
+def test_a_new_loss_is_one_function_and_one_entry(lab, tmp_path, monkeypatch):
+    def push_loss(logratios, desirable, *, beta=0.3, slope=2.0):
+        """softplus(-slope beta r) for good, softplus(slope beta r) for bad.   (B,)"""
+        return torch.nn.functional.softplus(slope * beta * torch.where(desirable, -logratios, logratios))
+
+    monkeypatch.setitem(train.LOSSES, "push", push_loss)
+    run(*flags(lab, tmp_path / "run", "--slope", 1, loss="push", steps=30))
+    margins = [m["rewards/margins"] for m in metrics(tmp_path / "run") if m["rewards/margins"] is not None]
+    assert np.mean(margins[-6:]) > np.mean(margins[:6]) + 0.05
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["slope"] == 1.0
+
+
+def test_metrics_have_the_names_of_the_contract_and_null_for_an_absent_class(lab, tmp_path):
+    good = [json.dumps(r) for r in map(json.loads, open(lab / "rows.jsonl")) if r["label"]]
+    (tmp_path / "good.jsonl").write_text("\n".join(good))
+    words = flags(lab, tmp_path / "run", steps=2)
+    words[words.index("--data") + 1] = tmp_path / "good.jsonl"
+    run(*words)
+    names = {"step", "epoch", "loss", "grad_norm", "lr", "tokens_per_second", "rewards/chosen", "rewards/rejected", "rewards/margins",
+             "rewards/accuracies", "logps/chosen", "logps/rejected", "z0", "z0_raw"}
+    for m in metrics(tmp_path / "run"):
+        assert names <= m.keys() and m["rewards/rejected"] is None and m["rewards/margins"] is None and m["logps/rejected"] is None
+        assert all(x is None or math.isfinite(x) for x in m.values())
+    config = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert {"seed", "beta", "z0", "versions", "commit", "batch_size"} <= config.keys() and config["n_undesirable"] == 0
+    assert {"win_rate", "win_rate_ci95", "reward", "reward_ref", "kl", "n"} <= json.loads((tmp_path / "run" / "eval.json").read_text()).keys()
+
+
+@pytest.mark.parametrize("rows", [2, 3])
+def test_two_rows_and_an_uneven_last_batch_work(lab, tmp_path, rows):
+    lines = open(lab / "rows.jsonl").read().splitlines()[:rows]
+    (tmp_path / "few.jsonl").write_text("\n".join(lines))
+    words = flags(lab, tmp_path / "run", "--batch_size", 2, steps=3)
+    words[words.index("--data") + 1] = tmp_path / "few.jsonl"
+    run(*words)
+    assert len(metrics(tmp_path / "run")) == 3
+
+
+def test_auto_lambdas_print_the_counts_and_the_ratio_they_reach(lab, tmp_path, capsys):
+    run(*flags(lab, tmp_path / "run", "--lambda_d", "auto", "--lambda_u", "auto", steps=1))
+    text = capsys.readouterr().out
+    line = next(x for x in text.splitlines() if x.startswith("lambdas:"))
+    assert "18 desirable, 9 undesirable" in line and line.endswith("= 1.333")
+    config = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert (config["lambda_d"], config["lambda_u"]) == pytest.approx((1.0, 18 / 9 * 3 / 4))
+
+
+def test_one_given_lambda_and_one_auto_reach_the_ratio_too():
+    for hyper in ({"lambda_d": 3.0, "lambda_u": "auto"}, {"lambda_d": "auto", "lambda_u": 3.0}):
+        train.set_lambdas(hyper, 10, 100, 1.25)
+        assert hyper["lambda_d"] * 10 / (hyper["lambda_u"] * 100) == pytest.approx(1.25, rel=1e-12) and 3.0 in hyper.values()
+
+
+# --- the step-0 self-check ------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("dtype", ["fp64", "fp32", "bf16"])
+def test_step_0_has_the_predicted_loss_where_policy_and_reference_are_equal(lab, tmp_path, capsys, dtype):
+    words = flags(lab, tmp_path / "run", "--lambda_d", 1.5, "--dtype", dtype, steps=1)
+    words[words.index("--init") + 1] = lab / "ref"
+    run(*words)
+    line = next(x for x in capsys.readouterr().out.splitlines() if x.startswith("step 0:"))
+    loss, predicted, largest = map(float, re.search(r"loss ([\d.]+) \(predicted ([\d.]+)\) \| largest \|log-ratio\| ([\d.e+-]+)", line).groups())
+    m = metrics(tmp_path / "run")[0]
+    rows, _ = data.encode(data.read(lab / "rows.jsonl")[0], data.load_tokenizer(), max_len=64)
+    batch = data.batch_at([r.prompt_key for r in rows], 8, seed=3, step=0)
+    expected = np.mean([0.75 if rows[i].desirable else 0.5 for i in batch.rows])           # lambda_y / 2, in closed form
+    assert predicted == pytest.approx(expected, abs=1e-6) and line.endswith("ok") and m["grad_norm"] > 0
+    assert largest <= {"fp64": 1e-9, "fp32": 1e-3, "bf16": 0.1}[dtype] and loss == pytest.approx(expected, abs=1e-6 if dtype != "bf16" else 1e-3)
+
+
+def test_step_0_stops_when_the_reference_is_not_the_policy_it_should_be(lab, tmp_path, monkeypatch):
+    real = model.load_policy
+    loaded = []
+
+    def other_the_second_time(folder, **how):                              # as if an adapter were missing from the reference
+        loaded.append(real(folder, **how))
+        if len(loaded) > 1:
+            loaded[-1].wte.weight.data.mul_(1.1)
+        return loaded[-1]
+
+    monkeypatch.setattr(model, "load_policy", other_the_second_time)
+    words = flags(lab, tmp_path / "run", steps=2)
+    words[words.index("--init") + 1] = lab / "ref"
+    with pytest.raises(SystemExit, match="equal weights, yet a log-ratio exceeds"):
+        run(*words)
+
+
+def test_step_0_stops_when_there_is_no_gradient(lab, tmp_path):
+    with pytest.raises(SystemExit, match="no usable gradient"):
+        run(*flags(lab, tmp_path / "run", "--lambda_d", 0, "--lambda_u", 0, steps=2))
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_rows(lab, tmp_path, monkeypatch):
+    monkeypatch.setitem(train.LOSSES, "broken", lambda logratios, desirable: logratios / desirable.to(logratios.dtype))
+    with pytest.raises(SystemExit, match=r"step 0: the loss is not finite on .*rows.jsonl: line \d+"):
+        run(*flags(lab, tmp_path / "run", loss="broken", steps=2))
+
+
+# --- stop and resume --------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("loss", ["kto", "bco"])
+def test_killed_and_resumed_gives_the_same_bytes(lab, tmp_path, monkeypatch, loss):
+    """Stopped dead inside step 8, with the last checkpoint at 5, in the second epoch of a short-batched file; fp32."""
+    more = ("--save_every", 5, "--dtype", "fp32")
+    run(*flags(lab, tmp_path / "whole", *more, loss=loss, steps=12))
+    real = train.train_step
+    with monkeypatch.context() as m:
+        m.setattr(train, "train_step", lambda p, r, o, b, *a, **k: real(p, r, o, b, *a, **k) if b.step < 8 else 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            run(*flags(lab, tmp_path / "parts", *more, loss=loss, steps=12))
+    assert metrics(tmp_path / "parts")[-1]["step"] == 7                       # three steps more than the checkpoint holds
+    run(*flags(lab, tmp_path / "parts", *more, "--resume", loss=loss, steps=12))
+    a, b = ((tmp_path / name / "model" / "model.safetensors").read_bytes() for name in ("whole", "parts"))
+    assert a == b
+    assert [m["step"] for m in metrics(tmp_path / "parts")] == list(range(12))
+    timeless = lambda ms: [{k: v for k, v in m.items() if k != "tokens_per_second"} for m in ms]               # noqa: E731
+    assert timeless(metrics(tmp_path / "whole")) == timeless(metrics(tmp_path / "parts"))
+
+
+def test_ctrl_c_saves_a_checkpoint_and_resume_finishes_the_same_run(lab, tmp_path):
+    words = flags(lab, tmp_path / "run", "--save_every", 10**6, "--dtype", "fp32", steps=4000)
+    child = subprocess.Popen([sys.executable, ROOT / "train.py", *map(str, words)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    log = tmp_path / "run" / "metrics.jsonl"
+    patience = time.time() + 60
+    while not (log.exists() and log.read_text().count("\n") > 5) and time.time() < patience:
+        time.sleep(0.1)
+    child.send_signal(signal.SIGINT)
+    _, errors = child.communicate(timeout=60)
+    stopped = re.search(r"stopped after step (\d+) of 4000; .*--resume goes on", errors)
+    assert stopped and child.returncode != 0 and "Traceback" not in errors, errors[-2000:]
+    k = int(stopped.group(1))
+    words[words.index("--steps") + 1] = k + 3
+    run(*words, "--resume")
+    assert [m["step"] for m in metrics(tmp_path / "run")] == list(range(k + 3))
+
+
+def test_the_last_two_checkpoints_are_kept_and_no_half_files(lab, tmp_path):
+    run(*flags(lab, tmp_path / "run", "--save_every", 2, steps=9))
+    assert sorted(p.name for p in (tmp_path / "run" / "checkpoint").iterdir()) == ["step-000008.safetensors", "step-000009.safetensors"]
+
+
+def test_resume_refuses_settings_that_changed_and_lists_them(lab, tmp_path):
+    run(*flags(lab, tmp_path / "run", steps=2))
+    with pytest.raises(SystemExit, match=r"settings changed .*beta was 0.1, is 0.2.*seed was 3, is 4"):
+        run(*flags(lab, tmp_path / "run", "--resume", "--beta", 0.2, "--seed", 4, steps=2))
+
+
+def test_the_same_command_gives_the_same_bytes(lab, tmp_path):
+    for name in ("a", "b"):
+        run(*flags(lab, tmp_path / name, "--dtype", "fp32", steps=3))
+    assert (tmp_path / "a/model/model.safetensors").read_bytes() == (tmp_path / "b/model/model.safetensors").read_bytes()
+
+
+# --- bad input: one line, before any training --------------------------------------------------------------------------------
+
+BAD = {
+    "unknown flag": (["--bogus", "1"], r"--bogus: unknown flag; valid are .*--loss.*--beta"),
+    "unknown loss": (["--loss", "nope"], r"--loss nope: no such loss; valid are .*kto"),
+    "a flag the loss lacks": (["--loss", "apo_zero_unpaired", "--lambda_d", "2"], r"--lambda_d: apo_zero_unpaired has no such parameter; it has beta"),
+    "z0 for a loss without one": (["--loss", "bco", "--z0", "zero"], r"--z0: bco has no such parameter; it has beta"),
+    "no value": (["--lr"], r"--lr: a value is missing"),
+    "not a number": (["--lr", "fast"], r"--lr fast: expected a number"),
+    "not a whole number": (["--steps", "1.5"], r"--steps 1.5: expected a whole number"),
+    "not finite": (["--beta", "nan"], r"--beta nan: expected a finite number"),
+    "out of range": (["--beta", "0"], r"--beta 0.0: must be positive"),
+    "negative lambda": (["--lambda_u", "-1"], r"--lambda_u -1.0: must be >= 0 or auto"),
+    "negative z0": (["--z0", "-3"], r"--z0 -3: valid are estimate, zero, or a number >= 0"),
+    "dtype": (["--dtype", "int8"], r"--dtype int8: valid are fp32, bf16, fp64"),
+    "ratio": (["--lambda_ratio", "2"], r"--lambda_ratio 2.0: .*\[1, 1.5\]"),
+    "missing file": (["--data", "/nowhere/rows.jsonl"], r"--data /nowhere/rows.jsonl: no such file"),
+    "empty file": (["--data", "EMPTY"], r"--data .*: the file is empty"),
+    "broken JSON": (["--data", "BROKEN"], r"--data .*: line 2: broken JSON"),
+    "wrong label": (["--data", "LABEL"], r"label\.jsonl: line 2: label is 'yes'; valid are true, false, 1, 0, -1"),
+    "unknown format": (["--data", "FORMAT"], r"format\.jsonl: line 1: unknown format with columns question, answer"),
+    "no rows left": (["--data", "BLANK"], r"--data .*: no rows left \(read 1 \| dropped: empty response 1\)"),
+    "one prompt": (["--data", "ONE"], r"--data .*: all rows have one prompt.*--z0 zero"),
+    "a batch of one": (["--batch_size", "1"], r"--batch_size 1: KTO's z0 is estimated from mismatched pairs, which need 2 rows"),
+    "no desirable rows for sft": (["--data", "BAD", "--loss", "sft"], r"--loss sft: learns from desirable rows only"),
+    "threshold missing": (["--data", "SCORED"], r"line 1: scored rows need --threshold NUMBER"),
+    "columns": (["--data", "ONE", "--columns", "nonsense"], r"--columns nonsense: 'nonsense' is not of the form"),
+    "column not there": (["--data", "ONE", "--columns", "prompt=q"], r"--columns prompt=q, but the row has prompt, completion, label"),
+    "folder without a model": (["--model", "FOLDER", "--data", "ONE"], r"--model .*: no config.json there"),
+    "model without data": (["--model", "FOLDER"], r"--model: needs --data FILE"),
+    "tokenizer folder": (["--tokenizer", "FOLDER", "--data", "ONE"], r"--tokenizer .*: no tokenizer there"),
+    "existing folder": (["--out", "FULL"], r"--out .*: holds files that are not a run's"),
+    "out is a file": (["--out", "ONE"], r"--out .*: is a file"),
+    "nothing to resume": (["--out", "FOLDER", "--resume"], r"--resume: .* holds no run"),
+    "both": (["--overwrite", "--resume"], r"--overwrite and --resume: give one of them"),
+    "not a flag": (["kto"], r"'kto': expected --name value or --name=value"),
+    "flag without the file it belongs to": (["--threshold", "1"], r"--threshold: needs --data FILE"),
+}
+
+
+@pytest.fixture(scope="module")
+def bad_files(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("bad")
+    row = '{"prompt": "p", "completion": "c", "label": true}\n'
+    texts = {"EMPTY": "", "BROKEN": row + '{"prompt": \n', "LABEL": row + row.replace("true", '"yes"'), "FORMAT": '{"question": "", "answer": ""}',
+             "BLANK": row.replace('"c"', '" "'), "ONE": row + row, "BAD": row.replace("true", "false"), "SCORED": '{"prompt": "p", "text": "t", "reward": 1}'}
+    names = {}
+    for name, text in texts.items():
+        names[name] = folder / f"{name.lower()}.jsonl"
+        names[name].write_text(text)
+    for name in ("FOLDER", "FULL"):
+        names[name] = folder / name
+        names[name].mkdir()
+    (names["FULL"] / "thesis.txt").write_text("years of work")
+    return {k: str(v) for k, v in names.items()}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_ends_in_one_line_that_names_it(case, bad_files, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    words, message = BAD[case]
+    with pytest.raises(SystemExit) as e:
+        train.main([bad_files.get(w, w) for w in words])
+    assert re.search(message, e.value.code) and "\n" not in e.value.code
+    assert not (tmp_path / "out").exists(), "nothing may be written before the input is known to be good"
+
+
+def test_an_existing_run_is_only_replaced_when_asked(lab, tmp_path):
+    run(*flags(lab, tmp_path / "run", steps=1))
+    with pytest.raises(SystemExit, match="a run is there already; --resume continues it, --overwrite replaces it"):
+        run(*flags(lab, tmp_path / "run", steps=1))
+    (tmp_path / "run" / "notes.txt").write_text("mine")
+    run(*flags(lab, tmp_path / "run", "--overwrite", steps=2))
+    assert len(metrics(tmp_path / "run")) == 2 and (tmp_path / "run" / "notes.txt").read_text() == "mine"
+
+
+def test_flags_may_be_written_with_an_equals_sign():
+    cfg, hyper, origin = train.settings(["--loss=kto", "--beta=0.2", "--z0=0", "--lr=1e-4", "--dry-run"])
+    assert hyper["beta"] == 0.2 and hyper["z0"] == 0.0 and cfg.lr == 1e-4 and cfg.dry_run and origin["beta"] == "command line"
+
+
+def test_defaults_come_from_the_world_then_the_signature_then_config(lab):
+    cfg, hyper, origin = train.settings([])
+    assert (cfg.lr, cfg.steps, cfg.batch_size, hyper["beta"]) == (5e-4, 400, 32, 0.5) and origin["beta"] == "embedded world"
+    assert hyper["lambda_d"] == 1.0 and origin["lambda_d"] == "kto's signature" and origin["seed"] == "default"
+    cfg, hyper, _ = train.settings(["--model", str(lab / "ref"), "--data", str(lab / "rows.jsonl")])
+    assert (cfg.lr, hyper["beta"], cfg.epochs) == (5e-6, 0.1, 1.0)
+
+
+def test_a_dry_run_writes_nothing(lab, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    run(*flags(lab, tmp_path / "run", "--dry_run"))
+    run("--dry_run")                                                         # the embedded world, without its base model
+    text = capsys.readouterr().out
+    assert text.count("step 0: loss") == 2 and text.count("estimate: ") == 2 and "loss 0.500000 (predicted 0.500000)" in text
+    assert not list(tmp_path.iterdir())
+
+
+def test_help_shows_the_flags_and_the_equation(capsys):
+    for words, part in ((["--help"], "--micro_batch_size"), (["--loss", "kto", "--help"], "lambda_d sigma(beta (r - z0))")):
+        with pytest.raises(SystemExit) as e:
+            run(*words)
+        assert e.value.code == 0 and part in capsys.readouterr().out
+
+
+# --- real models and real files -----------------------------------------------------------------------------------------------
+
+def tiny_llama(folder, texts):
+    """A random Llama with a byte-level BPE tokenizer: end-of-text, no chat template."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer, bpe.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    bpe.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=600, special_tokens=["<|endoftext|>"], show_progress=False,
+                                                       initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token="<|endoftext|>")
+    torch.manual_seed(0)
+    c = LlamaConfig(vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+                    num_key_value_heads=2, max_position_embeddings=512, eos_token_id=tokenizer.eos_token_id, bos_token_id=None, pad_token_id=None)
+    LlamaForCausalLM(c).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def first_step_by_hand(folder, file, m, *, batch_size, seed, max_len, max_prompt_len, beta=0.1):
+    """The first KTO step in float64, one sequence at a time: at policy = reference loss is 1/2 and the gradient beta/4 d(y)/B."""
+    tokenizer, lm = data.load_tokenizer(folder), model.load_policy(folder, dtype=torch.float64)
+    rows, _ = data.encode(data.to_feedback(data.read(file)[0]), tokenizer, max_len=max_len, max_prompt_len=max_prompt_len)
+    batch = data.batch_at([r.prompt_key for r in rows], batch_size, seed=seed, step=0)
+    for i in batch.rows:
+        ids = torch.tensor(rows[i].ids.tolist())[None]
+        logp = model.token_logps(lm.lm(ids, use_cache=False).logits, ids, torch.tensor(rows[i].mask.tolist())[None].double()).sum()
+        (-(1 if rows[i].desirable else -1) * 0.25 * beta * logp / len(batch.rows)).backward()
+    norm = torch.stack([p.grad.norm() for p in lm.parameters() if p.grad is not None]).norm()
+    assert m["loss"] == pytest.approx(0.5, abs=1e-6)
+    assert m["grad_norm"] == pytest.approx(float(norm), rel=1e-4)                     # the run is float32, its sums over 32 sequences
+
+
+def check_llama_run(out, folder, file, n, **how):
+    run("--model", folder, "--data", file, "--out", out, "--lr", "2e-3", "--epochs", 2, "--batch_size", 16, "--seed", 1, "--warmup", 3,
+        "--max_len", how["max_len"], "--max_prompt_len", how["max_prompt_len"])
+    m = metrics(out)
+    first_step_by_hand(folder, file, m[0], batch_size=16, seed=1, **how)
+    assert len(m) == 2 * math.ceil(n / 16)
+    result = json.loads((Path(out) / "eval.json").read_text())
+    assert result["train"]["margin"] > 0.5, "the margin of the trained rows rises"
+    from transformers import AutoModelForCausalLM
+    lm = AutoModelForCausalLM.from_pretrained(Path(out) / "model", dtype=torch.float32)      # the saved model is what was trained
+    assert largest_difference(dict(lm.named_parameters()), dict(model.load_policy(Path(out) / "model").lm.named_parameters())) == 0
+
+
+def test_a_hugging_face_model_trains_on_conversations(tmp_path):
+    rng = np.random.default_rng(1)
+    words = "red green blue black white round square flat deep tall".split()
+    records = [{"messages": [{"role": "user", "content": " ".join(rng.choice(words, 3))}, {"role": "assistant", "content": "ok"},
+                             {"role": "user", "content": " ".join(rng.choice(words, 2))},
+                             {"role": "assistant", "content": " ".join(rng.choice(words[:5] if i % 2 else words[5:], 4))}], "label": bool(i % 2)} for i in range(40)]
+    (tmp_path / "talk.json").write_text(json.dumps(records))
+    folder = tiny_llama(tmp_path / "llama", [json.dumps(r) for r in records])
+    check_llama_run(tmp_path / "run", folder, tmp_path / "talk.json", 40, max_len=128, max_prompt_len=64)
+
+
+@needs_shared
+def test_a_hugging_face_model_trains_on_kto_en_demo(tmp_path, capsys):
+    file = SHARED / "llamafactory" / "kto_en_demo.json"
+    folder = tiny_llama(tmp_path / "llama", [m["content"] for r in json.loads(file.read_text())[:60] for m in r["messages"]])
+    check_llama_run(tmp_path / "run", folder, file, 300, max_len=256, max_prompt_len=128)
+    line = next(x for x in capsys.readouterr().out.splitlines() if x.startswith("data:"))
+    assert "read 300" in line and "desirable 150" in line and "prompt cut from the left" in line and "response cut from the right" in line
+
+
+@needs_shared
+def test_the_small_gpt_trains_on_scored_reviews_over_gpt2s_vocabulary(tmp_path, capsys):
+    """A few steps on all 2,543 usable rows (the reviews were cut when sampled: no end-of-text), then many on 48 of them."""
+    file, some = SHARED / "odpo" / "imdb-sft-test.jsonl", tmp_path / "some.jsonl"
+    some.write_text("\n".join(file.read_text().split("\n")[:48]))
+    how = ("--threshold", "1.0", "--tokenizer", SHARED / "gpt2-bpe", "--add_eot", "false", "--max_len", 96, "--max_prompt_len", 32, "--batch_size", 8,
+           "--sft_steps", 2, "--warmup", 2)
+    run("--data", file, "--dry_run", *how)
+    text = capsys.readouterr().out
+    assert "read 2,560" in text and "dropped: empty response 17" in text and "desirable 1,665" in text and "undesirable 878" in text
+    run("--data", some, "--steps", 10, "--lr", "2e-3", "--out", tmp_path / "run", *how)
+    assert metrics(tmp_path / "run")[0]["loss"] == pytest.approx(0.5, abs=1e-5)
+    assert json.loads((tmp_path / "run" / "eval.json").read_text())["train"]["margin"] > 0.2, "the margin of the trained rows rises"
+
+
+# --- the README's main command ------------------------------------------------------------------------------------------------
+
+def main_command():
+    """The torchrun command of the README's first code block, as written there."""
+    block = re.search(r"```sh\n(.*?)```", (ROOT / "README.md").read_text(), re.S).group(1)
+    command = re.search(r"torchrun (train\.py.*)", block).group(1)
+    return [sys.executable, "-m", "torch.distributed.run", *shlex.split(command.split("&&")[0])]
+
+
+def check_main_job(out, steps):
+    result = json.loads((out / "eval.json").read_text())
+    low, high = result["win_rate_ci95"]
+    assert low <= result["win_rate"] <= high and result["n"] == 480 and result["split"] == "report"
+    for name in ("curves.png", "frontier.png"):
+        assert (out / name).read_bytes()[:4] == b"\x89PNG"
+    assert (out / "samples.md").read_text().count("\n|") == 14 and len(metrics(out)) == steps
+    # no policy lies above the exact frontier; 0.1 is two standard errors of a mean of 480 utilities with deviation 1.2
+    assert result["reward"] <= result["optimum_at_same_kl"]["reward"] + 0.1
+    return result
+
+
+def test_the_readmes_main_command_runs(tmp_path):
+    done = subprocess.run(main_command() + ["--steps", "10", "--out", tmp_path / "kto"], cwd=ROOT, capture_output=True, text=True, timeout=300,
+                          env={k: v for k, v in os.environ.items() if k != "OMP_NUM_THREADS"})
+    assert done.returncode == 0, done.stderr[-3000:]
+    check_main_job(tmp_path / "kto", 10)
+    for part in ("step 0: loss 0.500000 (predicted 0.500000)", "thumbs up", "What came out", "win rate against the reference", "next:"):
+        assert part in done.stdout
+    answer = subprocess.run([sys.executable, ROOT / "evaluate.py", tmp_path / "kto", "--prompt", "Help, my router gets too hot!"],
+                            capture_output=True, text=True, timeout=100)
+    assert answer.stdout.count("reference") == 3 and answer.stdout.count("policy") == 3, answer.stderr
+
+
+@pytest.mark.slow
+def test_the_readmes_main_command_reaches_its_numbers(tmp_path):
+    """One seed of the three the README reports; the bounds leave two standard errors (0.03; 0.15) below what is promised."""
+    done = subprocess.run(main_command() + ["--out", tmp_path / "kto"], cwd=ROOT, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr[-3000:]
+    result = check_main_job(tmp_path / "kto", 400)
+    assert result["win_rate"] >= 0.81 and result["reward"] >= 1.75 and result["malformed"] <= 0.10
+    assert result["reward_greedy"] > result["reward_ref_greedy"] + 1, "greedy decoding shows the effect too"
+
+
+@pytest.mark.slow
+def test_two_processes_reach_the_same_win_rate_in_fp32(tmp_path):
+    for n in (1, 2):
+        done = torchrun(n, "--loss", "kto", "--out", tmp_path / str(n))
+        assert done.returncode == 0, done.stderr[-3000:]
+    one, two = (json.loads((tmp_path / str(n) / "eval.json").read_text()) for n in (1, 2))
+    assert one["win_rate_ci95"][0] <= two["win_rate"] <= one["win_rate_ci95"][1]
+    assert two["win_rate_ci95"][0] <= one["win_rate"] <= two["win_rate_ci95"][1]
+
+
+@pytest.mark.slow
+def test_kill_9_at_any_moment_and_resume_gives_the_same_bytes(lab, tmp_path):
+    """A real kill, at six moments of the run, on the bytes of the final model."""
+    words = [str(w) for w in flags(lab, tmp_path / "whole", "--save_every", 7, "--dtype", "fp32", steps=60)]
+    run(*words)
+    wanted = (tmp_path / "whole/model/model.safetensors").read_bytes()
+    for k, lines in enumerate((0, 3, 7, 8, 30, 58)):
+        out = tmp_path / str(k)
+        words[words.index("--out") + 1] = str(out)
+        child = subprocess.Popen([sys.executable, ROOT / "train.py", *words], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        patience = time.time() + 60
+        while child.poll() is None and time.time() < patience and not (
+                (out / "config.json").exists() and (out / "metrics.jsonl").exists() and (out / "metrics.jsonl").read_text().count("\n") >= lines):
+            time.sleep(0.002)
+        child.kill()
+        child.wait()
+        run(*words, "--resume")
+        assert (out / "model/model.safetensors").read_bytes() == wanted, f"killed after {lines} steps"
+        assert [m["step"] for m in metrics(out)] == list(range(60))

@@ -22,7 +22,7 @@ from collections import Counter
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import tiktoken
@@ -54,6 +54,7 @@ class Pair:
     rejected: str
     score_chosen: float | None = None
     score_rejected: float | None = None
+    whole: bool = True
     where: str = ""
 
 
@@ -73,7 +74,8 @@ def read(files, *, columns=None, threshold=None):
     if not examples:
         raise SystemExit(f"--data {files}: no rows in it")
     if len({type(e) for e in examples}) > 1:
-        raise SystemExit(f"--data {files}: mixes pairs and single responses ({', '.join(formats)}); give them in separate runs")
+        odd = next(e for e in examples if type(e) is not type(examples[0]))
+        raise SystemExit(f"{odd.where}: mixes pairs and single responses: the rows before are {type(examples[0]).__name__}, this one is {type(odd).__name__}")
     return examples, ", ".join(formats)
 
 
@@ -107,6 +109,7 @@ def _records(file):
 FORMATS = {
     "paired conversations": ("conversations", "chosen", "rejected"),
     "prompt, chosen, rejected": ("prompt", "chosen", "rejected"),
+    "whole chats: chosen, rejected": ("chosen", "rejected"),
     "messages + label": ("messages", "label"),
     "conversations + label": ("conversations", "label"),
     "prompt, completion, label": ("prompt", "completion", "label"),
@@ -128,21 +131,26 @@ def parse(record, where="", *, columns=None, threshold=None):
             record = {**record, ours: record[theirs]}
     name = next((n for n, needs in FORMATS.items() if all(k in record for k in needs)), None)
     if name is None:
-        raise SystemExit(f"{where}: unknown format with columns {', '.join(record) or '(none)'}; known: "
+        raise SystemExit(f"{where}: unknown format with columns {', '.join(k if k.isprintable() else repr(k) for k in record) or '(none)'}; known: "
                          + "; ".join(" + ".join(needs) for needs in FORMATS.values()))
 
+    whole = record.get("truncated") is not True and record.get("finish_reason") != "length"
     if "chosen" in FORMATS[name]:
-        prompt = _prompt(record["conversations" if name.startswith("paired") else "prompt"], where)
         score = {k: _number(record[k], k, where) for k in ("score_chosen", "score_rejected") if record.get(k) is not None}
-        return name, Pair(prompt, _answer(record["chosen"], "chosen", where), _answer(record["rejected"], "rejected", where),
-                          where=where, **score)
+        if name.startswith("whole"):                       # the turns that both chats share are the prompt, never a common prefix of text
+            chats = [_turns(record[k], where) for k in ("chosen", "rejected")]
+            n = next((i for i, (a, b) in enumerate(zip(*chats)) if a != b), min(map(len, chats)))
+            prompt, (chosen, rejected) = chats[0][:n], ([t._asdict() for t in c[n:]] for c in chats)
+        else:
+            prompt = _prompt(record["conversations" if name.startswith("paired") else "prompt"], where)
+            chosen, rejected = record["chosen"], record["rejected"]
+        return name, Pair(prompt, _answer(chosen, "chosen", where), _answer(rejected, "rejected", where), whole=whole, where=where, **score)
     if "label" in FORMATS[name]:
         desirable = _label(record["label"], where)
     elif threshold is None:
         raise SystemExit(f"{where}: scored rows need --threshold NUMBER (desirable: reward > NUMBER)")
     else:
         desirable = _number(record["reward"], "reward", where) > threshold
-    whole = not (record.get("truncated") or record.get("finish_reason") == "length")
     if "prompt" in FORMATS[name]:
         prompt, completion = _prompt(record["prompt"], where), _answer(record["completion"], "completion", where)
     else:                                                       # a conversation: its last turn is what the label is about
@@ -161,18 +169,27 @@ def _label(x, where):
 
 
 def _number(x, column, where):
-    if isinstance(x, bool) or not isinstance(x, (int, float)) or not math.isfinite(x):
-        raise SystemExit(f"{where}: {column} is {x!r}; expected a finite number")
-    return float(x)
+    try:
+        if not isinstance(x, bool) and isinstance(x, (int, float)) and math.isfinite(x):
+            return float(x)
+    except OverflowError:                                                             # an integer beyond float's range
+        pass
+    raise SystemExit(f"{where}: {column} is {str(x)[:40]!r}; expected a finite number")
+
+
+def _text(x, where):
+    if any("\ud800" <= c <= "\udfff" for c in x):
+        raise SystemExit(f"{where}: half of a surrogate pair (\\ud800 to \\udfff) is no text")
+    return x
 
 
 def _prompt(x, where):
-    return x if isinstance(x, str) else _turns(x, where)
+    return _text(x, where) if isinstance(x, str) else _turns(x, where)
 
 
 def _answer(x, column, where):
     if isinstance(x, str):
-        return x
+        return _text(x, where)
     turns = _turns(x if isinstance(x, list) else [x], where)
     if len(turns) != 1 or turns[0].role != "assistant":
         raise SystemExit(f"{where}: {column} must be a text or one assistant message, got roles {[t.role for t in turns]}")
@@ -188,9 +205,9 @@ def _turns(x, where):
     turns = []
     for m in x if isinstance(x, list) and x else [None]:
         role, content = (m.get("role", m.get("from")), m.get("content", m.get("value"))) if isinstance(m, dict) else (None, None)
-        if role not in ROLES or not isinstance(content, str):
+        if not isinstance(role, str) or role not in ROLES or not isinstance(content, str):
             raise SystemExit(f"{where}: expected a text or a list of messages with a role ({', '.join(ROLES)}) and a text content")
-        turns.append(Turn(ROLES[role], content))
+        turns.append(Turn(ROLES[role], _text(content, where)))
     return tuple(turns)
 
 
@@ -198,8 +215,8 @@ def to_feedback(examples):
     """Pairs become labels: the chosen response is desirable, the rejected one undesirable. Feedback passes through."""
     out = []
     for e in examples:
-        out += [e] if isinstance(e, Feedback) else [Feedback(e.prompt, e.chosen, True, True, e.where),
-                                                    Feedback(e.prompt, e.rejected, False, True, e.where)]
+        out += [e] if isinstance(e, Feedback) else [Feedback(e.prompt, e.chosen, True, e.whole, e.where),
+                                                    Feedback(e.prompt, e.rejected, False, e.whole, e.where)]
     return out
 
 
@@ -232,7 +249,7 @@ class Tokenizer:
         ids = [int(i) for i in ids]
         if not self.hf:
             return self.backend.decode([i for i in ids if i < self.backend.n_vocab])
-        return self.backend.decode(ids, clean_up_tokenization_spaces=False)
+        return self.backend.decode(ids)
 
     def text(self, ids):
         """A response as text: without its end-of-text."""
@@ -252,10 +269,15 @@ class Tokenizer:
 
     def _chat_ids(self, turns):
         """The template is rendered around markers and each content encoded apart, so that only the template's own text can
-        become a control token."""
+        become a control token. ValueError where the template refuses the conversation, or loses or changes a content."""
         marks = [f"\u27e6{i}:content\u27e7" for i in range(len(turns))]
-        text = self.backend.apply_chat_template([{"role": t.role, "content": m} for t, m in zip(turns, marks)],
-                                                tokenize=False, add_generation_prompt=True)
+        try:
+            text = self.backend.apply_chat_template([{"role": t.role, "content": m} for t, m in zip(turns, marks)],
+                                                    tokenize=False, add_generation_prompt=True)
+        except Exception as e:                                                                  # jinja's own errors, and transformers'
+            raise ValueError(f"the chat template refuses this conversation: {' '.join(str(e).split())}") from None
+        if re.findall("\u27e6|\u27e7", text) != ["\u27e6", "\u27e7"] * len(marks) or [m for m in marks if m not in text]:
+            raise ValueError(f"the chat template loses or changes a message; the roles are {', '.join(t.role for t in turns)}")
         ids = []
         for piece in re.split("(" + "|".join(map(re.escape, marks)) + ")", text):
             content = turns[marks.index(piece)].content if piece in marks else None
@@ -330,14 +352,19 @@ def encode(examples, tokenizer, *, max_len=1024, max_prompt_len=512, add_eot=Tru
     was cut, here or by whoever sampled it, gets no end-of-text, since teaching the model to stop there would be wrong.
     Rows with an empty (or blank) response are dropped; duplicates are kept. All of it is counted.
     """
-    rows, counts, seen, labels = [], Counter(), set(), {}
+    if max_len < 2 or max_prompt_len < 1:
+        raise ValueError(f"max_len is {max_len} and max_prompt_len {max_prompt_len}; a row needs a prompt token and a response token")
+    rows, counts, seen, labels = [], Counter(read=0, desirable=0, undesirable=0), set(), {}
     max_prompt_len = min(max_prompt_len, max_len - 1)
     for e in examples:
         counts["read"] += 1
         if not e.completion.strip():
             counts["dropped: empty response"] += 1
             continue
-        prompt = tokenizer.prompt_ids(e.prompt) or [tokenizer.eot]              # an empty prompt: begin as after a document's end
+        try:
+            prompt = tokenizer.prompt_ids(e.prompt) or [tokenizer.eot]          # an empty prompt: begin as after a document's end
+        except ValueError as why:
+            raise SystemExit(f"{e.where}: {why}") from None
         if len(prompt) > max_prompt_len:
             counts["prompt cut from the left"] += 1
             n_bos = len(tokenizer.bos) if prompt[:1] == tokenizer.bos else 0
@@ -391,7 +418,7 @@ def flatten(rows, device="cpu"):
 
 
 def token_batches(rows, budget):
-    """Consecutive slices of at most `budget` tokens (one row at least), longest row times nothing: there is no padding."""
+    """The rows in consecutive slices (ranges of indices) of at most `budget` tokens, but one row at least."""
     start, tokens = 0, 0
     for i, r in enumerate(rows):
         if i > start and tokens + len(r.ids) > budget:
@@ -414,7 +441,9 @@ class Batch(NamedTuple):
 @lru_cache(maxsize=4)
 def epoch_order(n, seed, epoch):
     """The order of rows in an epoch: a function of (n, seed, epoch) and nothing else, so any rank or resumed run knows it."""
-    return np.random.default_rng([seed, epoch]).permutation(n)
+    order = np.random.default_rng([seed, epoch]).permutation(n)
+    order.setflags(write=False)                                         # it is cached: nobody may change it for the others
+    return order
 
 
 def steps_per_epoch(n, batch_size):
@@ -435,7 +464,7 @@ def batch_at(prompts, batch_size, *, seed, step):
     keys = [prompts[i] for i in rows]
     if len(set(keys)) > 1:
         return Batch(step, done, rows, [rows[j] for j in mismatch(keys)])
-    following = np.roll(order, -(k * batch_size + len(rows))).tolist()
+    following = np.roll(order, -k * batch_size).tolist()
     others = [i for i in following if prompts[i] != keys[0]][:len(rows)]
     return Batch(step, done, rows, [others[j % len(others)] for j in range(len(rows))] if others else [])
 
@@ -488,6 +517,17 @@ def counts_line(counts):
     return " | ".join(f"{k} {v:,}" for k, v in counts.items())
 
 
+def parse_columns(text):
+    """"prompt=question,completion=answer" -> {"prompt": "question", ...}"""
+    columns, known = {}, sorted({c for needs in FORMATS.values() for c in needs})
+    for item in filter(None, text.split(",")):
+        ours, equals, theirs = item.partition("=")
+        if not equals or ours not in known:
+            raise SystemExit(f"--columns {text}: {item!r} is not of the form OURS=THEIRS with OURS one of {', '.join(known)}")
+        columns[ours] = theirs
+    return columns
+
+
 def cut_hint(examples, add_eot):
     """A line of advice where most responses seem to have been cut when they were sampled, or None."""
     whole = [e.completion.rstrip() for e in examples if e.whole and e.completion.strip()]
@@ -527,8 +567,9 @@ def main(argv):
     p.add_argument("--max_prompt_len", type=int, default=512)
     p.add_argument("--add_eot", choices=["true", "false"], default="true")
     a = p.parse_args(argv)
-    columns = dict(c.split("=", 1) for c in a.columns.split(",") if "=" in c)
-    examples, name = read(a.files, columns=columns, threshold=a.threshold)
+    if a.max_len < 2 or a.max_prompt_len < 1 or a.batch_size < 1:
+        raise SystemExit("--max_len must be at least 2, --max_prompt_len and --batch_size at least 1")
+    examples, name = read(a.files, columns=parse_columns(a.columns), threshold=a.threshold)
     tokenizer = load_tokenizer(a.tokenizer)
     feedback = to_feedback(examples)
     rows, counts = encode(feedback, tokenizer, max_len=a.max_len, max_prompt_len=a.max_prompt_len, add_eot=a.add_eot == "true")

@@ -96,9 +96,8 @@ def kto_uniform_loss(logps, desirable, entropy, *, beta=0.1, lambda_d=1.0, lambd
     (HALOs' early KTO trainer) is -mean log pi(y'|x) over mismatched responses, which train.py uses. Departure: they
     average log-probs over tokens, here they are sums as everywhere in this file.
     """
-    ones = dict(lambda_d=lambda_d, lambda_u=lambda_u)
     lambda_y = class_weight(desirable, logps, lambda_d, lambda_u)
-    return lambda_y - value(logps, desirable, -entropy.detach(), beta=beta, **ones)                 # z0 - log N = -H
+    return lambda_y - value(logps, desirable, -entropy.detach(), beta=beta, lambda_d=lambda_d, lambda_u=lambda_u)    # z0 - log N = -H
 
 
 def apo_zero_unpaired_loss(logratios, desirable, *, beta=0.1):

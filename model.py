@@ -140,7 +140,8 @@ class GPT(nn.Module):
 
         temperature 0 is greedy. A key-value cache, all rows at once; a row that has ended leaves the batch. The random
         number of row i's t-th token depends on (seed, i, t) alone, so batching and other rows do not change a sample.
-        `room`: tokens at most in prompt and response together (default: the model's context).
+        `room`: tokens at most in prompt and response together (default: the model's context). ValueError where a prompt is
+        empty or leaves no room for a response.
         """
         out = []
         for first in range(0, len(prompts), rows):
@@ -154,10 +155,7 @@ class GPT(nn.Module):
             return out
         noise = np.stack([np.random.default_rng([seed, first + i]).random(max_new_tokens) for i in range(len(prompts))])
         noise = torch.from_numpy(noise).to(device)                                                       # (rows, new)
-        lengths = [len(p) for p in prompts]
-        if min(lengths) < 1 or max(lengths) > room:
-            raise ValueError(f"prompts must have 1 to {room} tokens, got {min(lengths)} to {max(lengths)}")
-
+        lengths = check_prompts(prompts, room)
         cache = _Cache(self.config, lengths, min(max(lengths) + max_new_tokens, room), self.wte.weight)
         ids = torch.tensor([t for p in prompts for t in p], device=device)
         positions = torch.cat([torch.arange(n, device=device) for n in lengths])
@@ -168,7 +166,7 @@ class GPT(nn.Module):
             token = sample(F.linear(hidden, self.wte.weight), noise[alive, t], temperature, top_p)
             for i, x in zip(alive.tolist(), token.tolist()):
                 out[i].append(x)
-            goes_on = (token != eot) & (cache.used < room)
+            goes_on = (token != eot) & (cache.used + 1 < room)
             if t + 1 == max_new_tokens or not goes_on.any():
                 break
             if not goes_on.all():
@@ -207,20 +205,25 @@ class GPT(nn.Module):
         c = read_model_config(folder)
         if c.get("model_type") != "gpt2":
             raise SystemExit(f"--model {folder}: model_type is {c.get('model_type')!r}; the small GPT reads 'gpt2' folders")
+        fixed = {"activation_function": ("gelu_new", "gelu_pytorch_tanh"), "layer_norm_epsilon": (1e-5,), "tie_word_embeddings": (True,),
+                 "n_inner": (None, 4 * c.get("n_embd", 768)), "scale_attn_by_inverse_layer_idx": (False,)}
+        for name, valid in fixed.items():
+            if c.get(name, valid[0]) not in valid:
+                raise SystemExit(f"--model {folder}: {name} is {c[name]!r}; the small GPT has {valid[0]!r} (load_policy reads any)")
         bias = c.get("nanokto", {"bias": True})["bias"]
         n_layer, n_head, d = c.get("n_layer", 12), c.get("n_head", 12), c.get("n_embd", 768)
-        model = cls(GPTConfig(c.get("vocab_size", 50257), c.get("n_positions", 1024), n_layer, n_head, d, bias))
+        model = cls(GPTConfig(c.get("vocab_size", 50257), c.get("n_positions", 1024), n_layer, n_head, d, bias)).to(dtype)
         tensors = {k.removeprefix("transformer."): v for f in weight_files(folder) for k, v in load_file(f).items()}
         wanted = model.state_dict()
         missing = [k for k in wanted if k not in tensors]
         if missing:
             raise SystemExit(f"--model {folder}: no tensor {missing[0]!r} in its safetensors files")
         model.load_state_dict({k: tensors[k].t() if k.endswith(cls.TRANSPOSED) else tensors[k] for k in wanted})
-        return model.to(device=device, dtype=dtype)
+        return model.to(device)
 
 
 class _Cache:
-    """Keys and values of every layer, one slot per row: right-aligned writing needs no left padding and no shifting."""
+    """Keys and values of every layer, (layer, key or value, row, head, position, d): row i's tokens are at 0 .. used[i] - 1."""
 
     def __init__(self, c, lengths, room, like):
         shape = (c.n_layer, 2, len(lengths), c.n_head, room, c.d_model // c.n_head)
@@ -249,6 +252,14 @@ class _Cache:
         self.kv, self.used = self.kv[:, :, rows], self.used[rows]
 
 
+def check_prompts(prompts, room):
+    """The prompts' lengths, if every one has a token to start from and leaves room for one more."""
+    lengths = [len(p) for p in prompts]
+    if min(lengths) < 1 or max(lengths) >= room:
+        raise ValueError(f"prompts must have 1 to {room - 1} tokens, got {min(lengths)} to {max(lengths)}")
+    return lengths
+
+
 def sample(logits, uniform, temperature=1.0, top_p=1.0):
     """One token per row by inverting the distribution function at `uniform`.   (B, V), (B,) -> (B,);  temperature 0: argmax
 
@@ -259,7 +270,8 @@ def sample(logits, uniform, temperature=1.0, top_p=1.0):
     p = torch.softmax(logits.double() / temperature, -1)                 # float64: a float32 running sum ends short of 1
     if top_p < 1:
         ordered, order = p.sort(-1, descending=True)
-        ordered[ordered.cumsum(-1) - ordered >= top_p] = 0                          # the token that crosses top_p stays
+        beyond = ordered.cumsum(-1) - ordered >= top_p                              # the token that crosses top_p stays,
+        ordered[:, 1:][beyond[:, 1:]] = 0                                           # and the likeliest one always
         p = torch.zeros_like(p).scatter(-1, order, ordered)
     cdf = p.cumsum(-1)
     token = torch.searchsorted(cdf, uniform[:, None] * cdf[:, -1:], right=True)[:, 0]
@@ -276,7 +288,9 @@ class HFPolicy(nn.Module):
 
     def __init__(self, lm):
         super().__init__()
-        self.lm = lm.eval()                             # eval: dropout off, in training too; policy and reference must agree
+        from transformers import GenerationConfig
+        self.lm = lm.eval()                             # dropout off, in training too: policy and reference must agree
+        lm.generation_config = GenerationConfig()       # a folder's own may carry penalties, and samples would not be the policy's
         self.vocab_size = lm.config.vocab_size
         self.context = getattr(lm.config, "max_position_embeddings", None) or getattr(lm.config, "n_positions", 1024)
         self.flat = self._probe()
@@ -292,12 +306,16 @@ class HFPolicy(nn.Module):
         together = self._flat_logits(ids, positions, torch.arange(11, device=device))
         return bool((together - apart).abs().max() <= 1e-3 * apart.abs().max().clamp(min=1))
 
+    def train(self, mode=True):
+        return super().train(False)
+
     def _flat_logits(self, ids, positions, predict):
         return self.lm(input_ids=ids[None], position_ids=positions[None], use_cache=False, logits_to_keep=predict).logits[0]
 
     def _padded_logits(self, ids, lengths, predict):
         rows = nn.utils.rnn.pad_sequence(ids.split(lengths), batch_first=True)
         real = torch.arange(rows.shape[1], device=ids.device) < torch.tensor(lengths, device=ids.device)[:, None]
+        # The pads are at the right, where causal attention does not look; the mask tells models that look elsewhere too.
         return self.lm(input_ids=rows, attention_mask=real.long(), use_cache=False).logits[real][predict]
 
     def forward(self, ids, positions, lengths, predict=None, targets=None):
@@ -308,7 +326,10 @@ class HFPolicy(nn.Module):
     @torch.no_grad()
     def generate(self, prompts, *, eot, max_new_tokens, temperature=1.0, top_p=1.0, seed=0, rows=64, room=None):
         """As `GPT.generate`, by transformers' own `generate` (left-padded). Samples depend on the batching here."""
-        device, out = next(self.lm.parameters()).device, []
+        device, out, room = next(self.lm.parameters()).device, [], min(room or self.context, self.context)
+        if max_new_tokens < 1 or not prompts:
+            return [[] for _ in prompts]
+        check_prompts(prompts, room)
         how = dict(do_sample=True, temperature=temperature, top_p=top_p, top_k=0) if temperature else dict(do_sample=False)
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
             torch.manual_seed(seed)
@@ -317,9 +338,9 @@ class HFPolicy(nn.Module):
                 width = max(map(len, part))
                 ids = torch.tensor([[eot] * (width - len(p)) + list(p) for p in part], device=device)
                 real = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in part], device=device)
-                new = max(1, min(max_new_tokens, (room or self.context) - width))
-                grown = self.lm.generate(ids, attention_mask=real, max_new_tokens=new, eos_token_id=eot, pad_token_id=eot, **how)
-                for row in grown[:, width:].tolist():
+                grown = self.lm.generate(ids, attention_mask=real, max_new_tokens=max_new_tokens, eos_token_id=eot, pad_token_id=eot, **how)
+                for prompt, row in zip(part, grown[:, width:].tolist()):
+                    row = row[:room - len(prompt)]
                     out.append(row[:row.index(eot) + 1] if eot in row else row)
         return out
 
@@ -331,7 +352,10 @@ def read_model_config(folder, flag="model"):
     path = Path(folder) / "config.json"
     if not path.is_file():
         raise SystemExit(f"--{flag} {folder}: no config.json there; expected a folder with a model in Hugging Face format")
-    return json.loads(path.read_text())
+    try:
+        return json.loads(path.read_text())
+    except ValueError as e:
+        raise SystemExit(f"--{flag} {folder}: config.json is broken ({e})") from None
 
 
 def weight_files(folder, flag="model"):

@@ -890,12 +890,6 @@ def world_source(cfg):
 
 def file_source(cfg):
     """The user's own preference files, for a Hugging Face model or for the small GPT."""
-    columns = {}
-    for item in filter(None, cfg.columns.split(",")):
-        ours, equals, theirs = item.partition("=")
-        if not equals or ours not in {c for needs in data.FORMATS.values() for c in needs}:
-            raise SystemExit(f"--columns {cfg.columns}: {item!r} is not of the form prompt=question,completion=answer,...")
-        columns[ours] = theirs
     for name in ("model", "init", "ref"):
         if folder := getattr(cfg, name):
             shape = model.read_model_config(folder, name)
@@ -904,7 +898,7 @@ def file_source(cfg):
     tokenizer = data.load_tokenizer(cfg.model or cfg.tokenizer or None)
 
     def read(files):
-        examples, name = data.read(files, columns=columns, threshold=cfg.threshold)
+        examples, name = data.read(files, columns=data.parse_columns(cfg.columns), threshold=cfg.threshold)
         examples = data.to_feedback(examples)
         rows, counts = data.encode(examples, tokenizer, max_len=cfg.max_len, max_prompt_len=cfg.max_prompt_len, add_eot=cfg.add_eot)
         if not rows:

@@ -542,7 +542,7 @@ BASE = dict(pretrain=dict(steps=500, batch_size=32, lr=8e-3, warmup=20, weight_d
 N_PAIRS = 8000
 SETTINGS = {  # defaults per loss; the command line comes before, the loss's own signature after
     "kto": dict(lr=5e-4, steps=400, batch_size=32, beta=0.5),
-    "kto_uniform": dict(lr=5e-4, steps=400, batch_size=32, beta=0.5),
+    "kto_uniform": dict(lr=3e-4, steps=400, batch_size=32, beta=0.05, lambda_d=1.75),  # larger beta or lambda_d = 1: it collapses
     "apo_zero_unpaired": dict(lr=5e-4, steps=400, batch_size=32, beta=0.5),
     "bco": dict(lr=5e-4, steps=400, batch_size=32, beta=0.5),
     "sft": dict(lr=1e-3, steps=200, batch_size=32),

@@ -135,8 +135,8 @@ def test_without_a_template_a_conversation_is_named_turns(hf):
     "{% for m in messages %}{{ m.content | upper }}{% endfor %}"], ids=["drops", "cuts", "changes"])
 def test_a_template_that_loses_a_message_is_an_error_not_a_silent_loss(tmp_path, template):
     tokenizer = data.load_tokenizer(hf_folder(tmp_path, template))
-    with pytest.raises(SystemExit):
-        tokenizer.prompt_ids((Turn("system", "Answer in French."), Turn("user", "hello world")))
+    with pytest.raises(SystemExit, match="line 3: the chat template loses or changes a message"):
+        encode([Feedback((Turn("system", "Answer in French."), Turn("user", "hello world")), "z", True, where="f.jsonl: line 3")], tokenizer)
 
 
 @pytest.mark.parametrize("prompt, why", [((), "an empty conversation"), ((Turn("system", "x"), Turn("user", "y")), "no system role")])
@@ -205,8 +205,10 @@ FORMATS = [
     ({"prompt": CHAT, "chosen": [{"role": "assistant", "content": "A"}], "rejected": "B"}, {}, Pair(TURNS, "A", "B")),
     ({"prompt": "Q", "chosen": "A", "rejected": "B", "score_chosen": 2, "score_rejected": -1.5}, {}, Pair("Q", "A", "B", 2.0, -1.5)),
     ({"conversations": SHARE, "chosen": {"from": "gpt", "value": "A"}, "rejected": {"from": "gpt", "value": "B"}}, {}, Pair(TURNS, "A", "B")),
+    ({"chosen": [*CHAT, {"role": "assistant", "content": "A"}], "rejected": [*CHAT, {"role": "assistant", "content": "B"}]}, {}, Pair(TURNS, "A", "B")),
     ({"question": "Q", "answer": "A", "good": -1}, {"columns": {"prompt": "question", "completion": "answer", "label": "good"}}, Feedback("Q", "A", False)),
     ({"question": "Q", "response_j": "A", "response_k": "B"}, {"columns": {"prompt": "question", "chosen": "response_j", "rejected": "response_k"}}, Pair("Q", "A", "B")),
+    ({"prompt": "Q", "completion": "A", "text": "B", "response": "C", "label": True}, {}, Feedback("Q", "A", True)),   # ours before an alias
     ({"prompt": "old", "question": "Q", "completion": "A", "label": 0}, {"columns": {"prompt": "question"}}, Feedback("Q", "A", False)),
 ]
 
@@ -265,6 +267,7 @@ BAD_ROWS = [                                                                    
     ({"prompt": "Q", "completion": None, "label": True}, "text or a list of messages", {}),
     ({"prompt": "Q", "completion": 7, "label": True}, "text or a list of messages", {}),
     ({"prompt": "Q", "completion": CHAT, "label": True}, "one assistant message", {}),
+    ({"prompt": "Q", "completion": [{"role": "assistant", "content": "A"}] * 2, "label": True}, "one assistant message", {}),
     ({"prompt": "Q", "chosen": {"role": "user", "content": "A"}, "rejected": "B"}, "one assistant message", {}),
     ({"prompt": "Q", "chosen": None, "rejected": "B"}, "text or a list of messages", {}),
     ({"messages": CHAT, "label": True}, "last message is the user's", {}),
@@ -321,7 +324,7 @@ def test_pairs_and_single_responses_do_not_mix_in_one_file_or_over_several(tmp_p
     message = complaint(jsonl(tmp_path / "both.jsonl", TEXT, pair))
     assert "both.jsonl" in message and "mixes pairs and single responses" in message
     a, b = jsonl(tmp_path / "a.jsonl", TEXT), jsonl(tmp_path / "b.jsonl", pair)
-    assert "a.jsonl" in complaint([a, b]) and "b.jsonl" in complaint([a, b])
+    assert "b.jsonl: line 1" in complaint([a, b])
     (first, second), formats = read([a, jsonl(tmp_path / "c.jsonl", {"messages": [{"role": "assistant", "content": "A"}], "label": 0})])
     assert (first.where, second.where) == (f"{a}: line 1", f"{tmp_path / 'c.jsonl'}: line 1") and "messages + label" in formats
 
@@ -679,7 +682,7 @@ def test_showing_takes_columns_threshold_lengths_and_end_of_text(tmp_path, capsy
     data.main([str(path), "--columns", "prompt=q,completion=a", "--threshold", "1", "--max_prompt_len", "4", "--max_len", "9",
                "--batch_size", "2", "--add_eot", "false"])
     out = capsys.readouterr().out
-    assert "| undesirable 2 | desirable 1 |" in out and "prompt cut from the left 3" in out and "response cut from the right 3" in out
+    assert "| desirable 1 | undesirable 2 |" in out and "prompt cut from the left 3" in out and "response cut from the right 3" in out
     assert out.count("4 prompt + 5 trained tokens") == 2 and "  abcde (cut: no end)" in out and "<end>" not in out
 
 

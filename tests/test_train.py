@@ -370,7 +370,7 @@ BAD = {
     "a batch of one": (["--batch_size", "1"], r"--batch_size 1: KTO's z0 is estimated from mismatched pairs, which need 2 rows"),
     "no desirable rows for sft": (["--data", "BAD", "--loss", "sft"], r"--loss sft: learns from desirable rows only"),
     "threshold missing": (["--data", "SCORED"], r"line 1: scored rows need --threshold NUMBER"),
-    "columns": (["--data", "ONE", "--columns", "nonsense"], r"--columns nonsense: 'nonsense' is not of the form"),
+    "columns": (["--data", "ONE", "--columns", "nonsense"], r"--columns nonsense: .nonsense. is not of the form OURS=THEIRS"),
     "column not there": (["--data", "ONE", "--columns", "prompt=q"], r"--columns prompt=q, but the row has prompt, completion, label"),
     "folder without a model": (["--model", "FOLDER", "--data", "ONE"], r"--model .*: no config.json there"),
     "model without data": (["--model", "FOLDER"], r"--model: needs --data FILE"),

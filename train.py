@@ -258,6 +258,8 @@ class Group:
         """The process group torchrun has prepared; a single process where there is none."""
         rank, size, local = (int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
         cuda = device.startswith("cuda") if device else torch.cuda.is_available()
+        if cuda:
+            torch.cuda.set_device(local)
         if size > 1 and not dist.is_initialized():
             dist.init_process_group("nccl" if cuda else "gloo")
         return cls(rank, size, torch.device(f"cuda:{local}" if cuda else device or "cpu"))
@@ -427,7 +429,7 @@ def train_step(policy, reference, optimizer, batch, rows, task, running, *, upda
         logps, tokens = logps_of(policy, [rows[batch.rows[i]] for i in part], cfg, group.device)
 
         def to(x):
-            return x.to(device=logps.device, dtype=logps.dtype)
+            return x.to(logps.dtype).to(logps.device)              # cast first: Apple's GPUs have no float64
 
         quantities = {"logps": lambda: logps,
                       "logratios": lambda: logps - to(ref_logps[part]),
@@ -435,7 +437,7 @@ def train_step(policy, reference, optimizer, batch, rows, task, running, *, upda
                       **{name: (lambda x=x: to(x)) for name, x in shared.items()}}
         losses = task.loss(**{name: quantities[name]() for name in task.wants}, **task.hyper)
         (losses.sum() / n).backward()                                                   # the global count, on every rank
-        table[:, part] = torch.stack([losses.detach(), logps.detach(), torch.full_like(logps, tokens / len(part))]).double().cpu()
+        table[:, part] = torch.stack([losses.detach(), logps.detach(), torch.full_like(logps, tokens / len(part))]).cpu().double()
     table = group.sum(table)
     params = [p for p in policy.parameters() if p.requires_grad]
     if group.size > 1:                                                                  # one flat all-reduce; no gradient counts as 0

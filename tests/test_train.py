@@ -182,10 +182,10 @@ def test_only_what_the_signature_names_is_measured(lab, tmp_path, monkeypatch, l
 
     def stop_before_report(*a, **k):                                       # the report loads the reference for its samples
         assert bool(seen["reference"]) == references and bool(seen["mismatched"]) == mismatched
-        raise KeyboardInterrupt
+        raise InterruptedError
 
     monkeypatch.setattr(model.GPT, "save", stop_before_report)
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(InterruptedError):
         run(*flags(lab, tmp_path / "run", *extra, loss=loss, steps=2))
     if extra == ["--z0", "1.5"]:
         assert metrics(tmp_path / "run")[0]["z0"] == 1.5

@@ -7,7 +7,7 @@ temperature belong to another policy); samples for SHOW use temperature 0.7.
     interval   95 % bootstrap over CLUSTERS: the held-out (device, problem) pairs are resampled, not the prompts, since four
                wordings of one problem are not four independent problems
     KL         KL(pi || pi_ref) in nats per reply = E_{y ~ pi} sum_t KL(pi(.|x, y_<t) || pi_ref(.|x, y_<t)): each next-token
-               KL is exact, only the prefixes are sampled. Same mean as the log-ratio of the sample, much less noise
+               KL is exact, only the prefixes are sampled. Same mean as the samples' log-ratios, and never below 0
 
 `python evaluate.py out/kto` measures a finished run again; `python evaluate.py out/kto --prompt "..."` lets reference and
 policy answer side by side.

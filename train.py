@@ -482,15 +482,14 @@ def diagnostics(logps, ref_logps, batch, rows, task, shared):
     mean = lambda x, where: float(x[where].mean()) if where.any() else None                                    # noqa: E731
     out = {"logps/chosen": mean(logps, up), "logps/rejected": mean(logps, ~up)}
     if ratios is not None:
-        beta, z0 = task.hyper.get("beta", 1.0), 0.0
-        if "kl_logratios" in shared:
-            kl = shared["kl_logratios"]
+        beta, z0, kl = task.hyper.get("beta", 1.0), 0.0, shared.get("kl_logratios")
+        if kl is not None:
             z0 = float(kto.reference_point(kl))
             out |= {"z0": z0, "z0_raw": float(kl.mean()) if len(kl) else 0.0}
         good, bad = mean(beta * ratios, up), mean(beta * ratios, ~up)
         out |= {"rewards/chosen": good, "rewards/rejected": bad, "rewards/margins": None if None in (good, bad) else good - bad,
                 "rewards/accuracies": float(torch.where(up, ratios > z0, ratios < z0).double().mean()),
-                "logratios/max": float(ratios.abs().max())}
+                "logratios/max": float(torch.cat([ratios, kl if task.z0 == "estimate" else ratios]).abs().max())}
     return out
 
 

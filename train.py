@@ -673,6 +673,9 @@ def run(argv):
 
     # --- where it starts, and what it is compared with
     clock = time.perf_counter()
+    if cfg.resume:                                                               # from what it started from, even if the code has changed since
+        old = json.loads((out / "config.json").read_text())
+        cfg.init, cfg.ref = cfg.init or old["init"], cfg.ref or old["ref"]
     base = cfg.model or (cfg.init if cfg.init and cfg.ref else base_model(cfg, group, source))
     cfg.init, cfg.ref = cfg.init or base, cfg.ref or base
     policy = model.load_policy(cfg.init, device=group.device, dtype=DTYPES[cfg.dtype])

@@ -19,7 +19,7 @@ import os
 import re
 import sys
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
@@ -54,6 +54,8 @@ class Pair:
     rejected: str
     score_chosen: float | None = None
     score_rejected: float | None = None
+    win_prob_chosen: float | None = None
+    win_prob_rejected: float | None = None
     whole: bool = True
     where: str = ""
 
@@ -115,6 +117,7 @@ FORMATS = {
     "prompt, completion, label": ("prompt", "completion", "label"),
     "scored: prompt, completion, reward": ("prompt", "completion", "reward"),
 }
+PAIR_NUMBERS = ("score_chosen", "score_rejected", "win_prob_chosen", "win_prob_rejected")                   # optional, per pair
 ALIASES = {"text": "completion", "response": "completion", "score": "reward", "kto_tag": "label"}
 
 
@@ -136,7 +139,7 @@ def parse(record, where="", *, columns=None, threshold=None):
 
     whole = record.get("truncated") is not True and record.get("finish_reason") != "length"
     if "chosen" in FORMATS[name]:
-        score = {k: _number(record[k], k, where) for k in ("score_chosen", "score_rejected") if record.get(k) is not None}
+        numbers = {k: _number(record[k], k, where) for k in PAIR_NUMBERS if record.get(k) is not None}
         if name.startswith("whole"):                       # the turns that both chats share are the prompt, never a common prefix of text
             chats = [_turns(record[k], where) for k in ("chosen", "rejected")]
             n = next((i for i, (a, b) in enumerate(zip(*chats)) if a != b), min(map(len, chats)))
@@ -144,7 +147,7 @@ def parse(record, where="", *, columns=None, threshold=None):
         else:
             prompt = _prompt(record["conversations" if name.startswith("paired") else "prompt"], where)
             chosen, rejected = record["chosen"], record["rejected"]
-        return name, Pair(prompt, _answer(chosen, "chosen", where), _answer(rejected, "rejected", where), whole=whole, where=where, **score)
+        return name, Pair(prompt, _answer(chosen, "chosen", where), _answer(rejected, "rejected", where), whole=whole, where=where, **numbers)
     if "label" in FORMATS[name]:
         desirable = _label(record["label"], where)
     elif threshold is None:
@@ -326,6 +329,8 @@ class Row:
     n_prompt: int
     desirable: bool = True
     where: str = ""
+    score: float | None = None                    # of the response, where a pair has scores
+    win_prob: float | None = None
 
     @property
     def prompt_key(self):
@@ -337,28 +342,37 @@ class Row:
         return self.ids[self.n_prompt:]
 
 
-def make_row(prompt, response, *, desirable=True, where="", train_prompt=False):
+def make_row(prompt, response, *, desirable=True, where="", train_prompt=False, score=None, win_prob=None):
     ids = np.array([*prompt, *response], dtype=np.int32)
     mask = np.ones(len(ids), np.float32)
     mask[:1 if train_prompt else len(prompt)] = 0                    # nothing predicts the very first token
     ids.setflags(write=False), mask.setflags(write=False)
-    return Row(ids, mask, len(prompt), desirable, where)
+    return Row(ids, mask, len(prompt), desirable, where, score, win_prob)
 
 
 def encode(examples, tokenizer, *, max_len=1024, max_prompt_len=512, add_eot=True, train_prompt=False):
-    """Feedback to rows, and a Counter of what happened to them.
+    """Feedback to rows, pairs to (chosen, rejected) tuples of rows; and a Counter of what happened to them.
 
     A prompt that is too long loses its LEFT end (the question is at the right), a response its RIGHT end; a response that
     was cut, here or by whoever sampled it, gets no end-of-text, since teaching the model to stop there would be wrong.
-    Rows with an empty (or blank) response are dropped; duplicates are kept. All of it is counted.
+    Rows with an empty (or blank) response are dropped, and pairs whose sides are the same; duplicates are kept. All of it
+    is counted.
     """
     if max_len < 2 or max_prompt_len < 1:
         raise ValueError(f"max_len is {max_len} and max_prompt_len {max_prompt_len}; a row needs a prompt token and a response token")
-    rows, counts, seen, labels = [], Counter(read=0, desirable=0, undesirable=0), set(), {}
+    out, counts, seen, labels = [], Counter(read=0, desirable=0, undesirable=0), set(), {}
     max_prompt_len = min(max_prompt_len, max_len - 1)
+
+    def response_row(prompt, text, e, desirable, **more):
+        response = tokenizer.encode(text) + ([tokenizer.eot] if add_eot and e.whole else [])
+        if len(response) > max_len - len(prompt):
+            counts["response cut from the right"] += 1
+            response = response[:max_len - len(prompt)]
+        return make_row(prompt, response, desirable=desirable, where=e.where, train_prompt=train_prompt, **more)
+
     for e in examples:
         counts["read"] += 1
-        if not e.completion.strip():
+        if not all(t.strip() for t in ([e.completion] if isinstance(e, Feedback) else [e.chosen, e.rejected])):
             counts["dropped: empty response"] += 1
             continue
         try:
@@ -369,20 +383,40 @@ def encode(examples, tokenizer, *, max_len=1024, max_prompt_len=512, add_eot=Tru
             counts["prompt cut from the left"] += 1
             n_bos = len(tokenizer.bos) if prompt[:1] == tokenizer.bos else 0
             prompt = prompt[:n_bos] + prompt[len(prompt) - max_prompt_len + n_bos:]
-        response = tokenizer.encode(e.completion) + ([tokenizer.eot] if add_eot and e.whole else [])
-        if len(response) > max_len - len(prompt):
-            counts["response cut from the right"] += 1
-            response = response[:max_len - len(prompt)]
-        row = make_row(prompt, response, desirable=e.desirable, where=e.where, train_prompt=train_prompt)
-        rows.append(row)
-        counts["desirable" if e.desirable else "undesirable"] += 1
-        key = (row.ids.tobytes(), row.n_prompt, e.desirable)
+        if isinstance(e, Feedback):
+            row = response_row(prompt, e.completion, e, e.desirable)
+            out.append(row)
+            counts["desirable" if e.desirable else "undesirable"] += 1
+            key = (row.ids.tobytes(), row.n_prompt, e.desirable)
+            labels.setdefault(row.prompt_key, set()).add(e.desirable)
+        else:
+            pair = (response_row(prompt, e.chosen, e, True, score=e.score_chosen, win_prob=e.win_prob_chosen),
+                    response_row(prompt, e.rejected, e, False, score=e.score_rejected, win_prob=e.win_prob_rejected))
+            if pair[0].ids.tobytes() == pair[1].ids.tobytes():                     # as the model sees them, after cutting
+                counts["dropped: chosen is rejected"] += 1
+                continue
+            out.append(pair)
+            counts["pairs"] += 1
+            key = (pair[0].ids.tobytes(), pair[1].ids.tobytes())
+            labels.setdefault(pair[0].prompt_key, set())
         counts["duplicates (kept)"] += key in seen
         seen.add(key)
-        labels.setdefault(row.prompt_key, set()).add(e.desirable)
     counts["prompts"] = len(labels)
     counts["prompts with both labels"] = sum(len(v) == 2 for v in labels.values())
-    return rows, +counts
+    return out, +counts
+
+
+def length_desensitised(pair, alpha):
+    """LD-DPO: mask 1 on the first min(n_w, n_l) response tokens of both, alpha on the longer one's tail."""
+    shared = min(len(row.response) for row in pair)
+
+    def masked(row):
+        mask = row.mask.copy()
+        mask[row.n_prompt + shared:] *= alpha
+        mask.setflags(write=False)
+        return replace(row, mask=mask)
+
+    return tuple(masked(row) for row in pair)
 
 
 def mismatched(row, partner, max_len):
@@ -418,13 +452,14 @@ def flatten(rows, device="cpu"):
 
 
 def token_batches(rows, budget):
-    """The rows in consecutive slices (ranges of indices) of at most `budget` tokens, but one row at least."""
+    """Rows (or tuples of rows) in consecutive slices (ranges of indices) of at most `budget` tokens, but one item at least."""
     start, tokens = 0, 0
-    for i, r in enumerate(rows):
-        if i > start and tokens + len(r.ids) > budget:
+    for i, item in enumerate(rows):
+        n = sum(len(r.ids) for r in ([item] if isinstance(item, Row) else item))
+        if i > start and tokens + n > budget:
             yield range(start, i)
             start, tokens = i, 0
-        tokens += len(r.ids)
+        tokens += n
     if len(rows):
         yield range(start, len(rows))
 

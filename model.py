@@ -48,21 +48,42 @@ def token_logps(logits, ids, mask):
     return torch.where(mask > 0, logps * mask, torch.zeros_like(logps))        # where: a masked -inf must not become NaN
 
 
-def head_log_probs(hidden, weight, targets, *, chunk_elements=2**23):
+def head_log_probs(hidden, weight, targets, extra=None, *, chunk_elements=2**23):
     """Log-probs of the targets under hidden @ weight.T, without ever holding (M, V) logits.   (M, d), (V, d), (M,) -> (M,)
 
     Chunks of positions, recomputed in backward: at V = 50257 the logits of 2,000 tokens and their gradient would be 800 MB.
+    `extra(logits, targets, rows)` -> (k, m) may measure more on a chunk, `rows` being its slice of the M positions; the
+    result is then (1 + k, M).
     """
-    def of(h, y):
-        return log_probs(F.linear(h, weight), y)
+    def of(h, y, start):
+        logits = F.linear(h, weight)
+        logps = log_probs(logits, y)
+        return logps if extra is None else torch.cat([logps[None], extra(logits, y, slice(start, start + len(y)))])
 
     rows = max(1, chunk_elements // weight.shape[0])
     if len(targets) <= rows:
-        return of(hidden, targets)
-    pieces = zip(hidden.split(rows), targets.split(rows))
+        return of(hidden, targets, 0)
+    pieces = zip(hidden.split(rows), targets.split(rows), range(0, len(targets), rows))
     if not torch.is_grad_enabled():
-        return torch.cat([of(h, y) for h, y in pieces])
-    return torch.cat([checkpoint(of, h, y, use_reentrant=False) for h, y in pieces])
+        return torch.cat([of(*piece) for piece in pieces], dim=-1)
+    return torch.cat([checkpoint(of, *piece, use_reentrant=False) for piece in pieces], dim=-1)
+
+
+def wide_log_softmax(logits):
+    """log softmax over the vocabulary, bf16 and fp16 widened to float32."""
+    return torch.log_softmax(logits.float() if logits.dtype in (torch.bfloat16, torch.float16) else logits, -1)
+
+
+def position_kl(ref_logits, logits):
+    """KL(pi_ref(. | s_t) || pi(. | s_t)) at every position, nats.   (m, V) x 2 -> (m,)   log_softmax on both: 0 log 0 is not NaN"""
+    p, q = wide_log_softmax(ref_logits.detach()), wide_log_softmax(logits)
+    return (p.exp() * (p - q)).sum(-1)
+
+
+def position_confidence(logits, targets):
+    """WPO: log p(y_t) - log sum_v p(v)^2, no gradient.   (m, V), (m,) -> (m,)   0 on average where y is the policy's own sample"""
+    p = wide_log_softmax(logits.detach())
+    return p.gather(-1, targets[:, None])[:, 0] - torch.logsumexp(2 * p, -1)
 
 
 # --- the transformer --------------------------------------------------------------------------------------------------
@@ -128,11 +149,17 @@ class GPT(nn.Module):
             x = block(x, lambda q, k, v: attend(i, q, k, v))
         return self.ln_f(x)
 
-    def forward(self, ids, positions, lengths, predict=None, targets=None):
+    def hidden(self, ids, positions, lengths, predict):
+        """What the output head sees at the `predict` positions.   (M, d)"""
+        return self.trunk(ids, positions, lambda i, q, k, v: packed_attention(q, k, v, lengths))[predict]
+
+    def head(self, hidden):
+        return F.linear(hidden, self.wte.weight)
+
+    def forward(self, ids, positions, lengths, predict=None, targets=None, extra=None):
         """Logits (M, V) at the `predict` positions (at all, if None); with `targets`, their log-probs (M,) instead."""
-        x = self.trunk(ids, positions, lambda i, q, k, v: packed_attention(q, k, v, lengths))
-        x = x if predict is None else x[predict]
-        return F.linear(x, self.wte.weight) if targets is None else head_log_probs(x, self.wte.weight, targets)
+        x = self.hidden(ids, positions, lengths, slice(None) if predict is None else predict)
+        return self.head(x) if targets is None else head_log_probs(x, self.wte.weight, targets, extra)
 
     @torch.no_grad()
     def generate(self, prompts, *, eot, max_new_tokens, temperature=1.0, top_p=1.0, seed=0, rows=512, room=None):
@@ -318,10 +345,19 @@ class HFPolicy(nn.Module):
         # The pads are at the right, where causal attention does not look; the mask tells models that look elsewhere too.
         return self.lm(input_ids=rows, attention_mask=real.long(), use_cache=False).logits[real][predict]
 
-    def forward(self, ids, positions, lengths, predict=None, targets=None):
-        predict = torch.arange(len(ids), device=ids.device) if predict is None else predict
-        logits = self._flat_logits(ids, positions, predict) if self.flat else self._padded_logits(ids, lengths, predict)
-        return logits if targets is None else log_probs(logits, targets)
+    def hidden(self, ids, positions, lengths, predict):
+        """Here the logits themselves: soft-capping, biases and scales of heads differ too much to be redone outside."""
+        return self._flat_logits(ids, positions, predict) if self.flat else self._padded_logits(ids, lengths, predict)
+
+    def head(self, hidden):
+        return hidden
+
+    def forward(self, ids, positions, lengths, predict=None, targets=None, extra=None):
+        logits = self.hidden(ids, positions, lengths, torch.arange(len(ids), device=ids.device) if predict is None else predict)
+        if targets is None:
+            return logits
+        logps = log_probs(logits, targets)
+        return logps if extra is None else torch.cat([logps[None], extra(logits, targets, slice(0, len(targets)))])
 
     @torch.no_grad()
     def generate(self, prompts, *, eot, max_new_tokens, temperature=1.0, top_p=1.0, seed=0, rows=64, room=None):

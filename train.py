@@ -13,12 +13,15 @@ measured, those after it are set on the command line. One step is the same for a
 because everything that couples rows (z0, running means, the divisor) is taken over the global batch.
 """
 
+from __future__ import annotations
+
 import atexit
 import hashlib
 import inspect
 import json
 import math
 import os
+import re
 import resource
 import shutil
 import signal
@@ -29,6 +32,7 @@ import threading
 import time
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, fields
+from functools import cached_property
 from pathlib import Path
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")        # before torch: waiting threads sleep. On a busy machine spinning ones
@@ -40,6 +44,7 @@ from safetensors.torch import save_file
 from tqdm import tqdm
 
 import data
+import dpo_variants
 import evaluate
 import kto
 import model
@@ -54,10 +59,16 @@ def token_nll_loss(logps, mean_len):
     return -logps / mean_len
 
 
-LOSSES = {"sft": token_nll_loss, **kto.LOSSES}
+LOSSES = {"sft": token_nll_loss, **kto.LOSSES, **{n: f for n, f in dpo_variants.LOSSES.items() if n not in ("sft", "slic")}}
+RECIPES = {   # no new curve: a loss, with another mask or another reference, and the flags that brings
+    "ld_dpo": dict(loss="dpo", mask="ld", flags={"ld_alpha": 0.5}),             # Liu et al. 2024, arXiv 2409.06411
+    "dpo_reference_free": dict(loss="dpo", reference="none", flags={}),         # reference log-probs of 0: a uniform reference
+}
+REFERENCE = {"logratios", "kl_logratios", "chosen_logratios", "rejected_logratios", "ref_chosen_logps", "ref_rejected_logps",
+             "reward_shift", "margin_mean", "batch_margin_mean", "chosen_kl", "rejected_kl"}                            # names that need a reference
+BATCH_COUPLED = ("aot", "aot_unpaired")                   # these sort their rows: the global batch must be one micro-batch on one rank
+DTYPES = {"fp32": torch.float32, "bf16": torch.float32, "fp64": torch.float64}                   # the dtype of the weights
 
-
-# --- settings ---------------------------------------------------------------------------------------------------------
 
 def flag(default, help):
     return field(default=default, metadata={"help": help})
@@ -100,303 +111,6 @@ class Config:
     log_every: int = flag(1, "steps between progress updates")
 
 
-SWITCHES = ("overwrite", "resume", "dry_run")                             # flags that need no value
-MAY_CHANGE = {"resume", "overwrite", "steps", "epochs", "micro_batch_size", "save_every", "eval_every", "log_every", "out", "device"}
-
-
-def signature(loss):
-    """(measured names, {hyper-parameter: default}) of a loss function: what stands before its * and what after."""
-    ps = inspect.signature(loss).parameters.values()
-    return [p.name for p in ps if p.kind != p.KEYWORD_ONLY], {p.name: p.default for p in ps if p.kind == p.KEYWORD_ONLY}
-
-
-def settings(argv):
-    """Command line -> (Config, hyper-parameters of the loss, origin of each value). SystemExit with one line on bad input.
-
-    Precedence: command line, then world.SETTINGS[loss] (embedded world only), then the loss's signature, then Config.
-    """
-    typed, words = {}, list(argv)
-    while words:
-        word = words.pop(0)
-        if word in ("--help", "-h"):
-            typed["help"] = True
-            continue
-        if not word.startswith("--"):
-            raise SystemExit(f"{word!r}: expected --name value or --name=value")
-        name, equals, value = word[2:].partition("=")
-        name = name.replace("-", "_")
-        if not equals:
-            if name in SWITCHES:
-                value = "true"
-            elif not words or (words[0].startswith("--") and not _is_number(words[0])):
-                raise SystemExit(f"--{name}: a value is missing")
-            else:
-                value = words.pop(0)
-        typed[name] = (value,) if name in ("data", "eval_data") else value
-        while name in ("data", "eval_data") and words and not words[0].startswith("--"):
-            typed[name] += (words.pop(0),)
-    loss_name = typed.get("loss", "kto")
-    if loss_name not in LOSSES:
-        raise SystemExit(f"--loss {loss_name}: no such loss; valid are {', '.join(LOSSES)}")
-    wants, hyper = signature(LOSSES[loss_name])
-    if "kl_logratios" in wants:
-        hyper["z0"] = "estimate"
-    if typed.pop("help", False):
-        print(help_text(loss_name if "loss" in typed else None, hyper))
-        raise SystemExit(0)
-
-    known = {f.name: f for f in fields(Config)}
-    for name in typed:
-        if name not in known and name not in hyper:
-            other = [n for n, f in LOSSES.items() if name in signature(f)[1] or (name == "z0" and "kl_logratios" in signature(f)[0])]
-            raise SystemExit(f"--{name}: {loss_name} has no such parameter; it has {', '.join(hyper) or 'none of its own'}" if other
-                             else f"--{name}: unknown flag; valid are " + ", ".join("--" + n for n in [*known, *hyper]))
-    embedded = not typed.get("model") and not typed.get("data")
-    preset = dict(world.SETTINGS.get(loss_name, {})) if embedded else {}
-    if not embedded and not typed.get("model"):
-        preset = {"lr": 5e-4, "sft_steps": 200}                                # a small GPT from random weights learns fast
-    values, origin = {}, {}
-    for name, default in {**{n: f.default for n, f in known.items()}, **hyper}.items():
-        if name in typed:
-            values[name], origin[name] = _typed(name, typed[name], default), "command line"
-        elif name in preset:
-            values[name], origin[name] = preset[name], "embedded world" if embedded else "small GPT"
-        else:
-            values[name], origin[name] = default, f"{loss_name}'s signature" if name in hyper else "default"
-    hyper = {name: values.pop(name) for name in hyper}
-    cfg = Config(**values)
-    cfg.out = cfg.out or f"out/{loss_name}"
-    _check(cfg, hyper, typed)
-    return cfg, hyper, origin
-
-
-def _is_number(text):
-    try:
-        return math.isfinite(float(text))
-    except ValueError:
-        return False
-
-
-def _typed(name, text, default):
-    """A flag's text as the type of its default."""
-    if name in ("lambda_d", "lambda_u") and text == "auto":
-        return text
-    if name == "z0":
-        if text in ("estimate", "zero") or (_is_number(text) and float(text) >= 0):
-            return float(text) if _is_number(text) else text
-        raise SystemExit(f"--z0 {text}: valid are estimate, zero, or a number >= 0")
-    if isinstance(default, bool):
-        if text not in ("true", "false"):
-            raise SystemExit(f"--{name} {text}: valid are true, false")
-        return text == "true"
-    if isinstance(default, tuple):
-        return text
-    try:
-        value = (float if default is None else type(default))(text)
-    except ValueError:
-        raise SystemExit(f"--{name} {text}: expected {'a whole number' if isinstance(default, int) else 'a number'}") from None
-    if isinstance(value, float) and not math.isfinite(value):
-        raise SystemExit(f"--{name} {text}: expected a finite number")
-    return value
-
-
-def _check(cfg, hyper, typed):
-    """Ranges, and flags that need each other."""
-    at_least = dict(batch_size=1, micro_batch_size=0, steps=0, warmup=0, weight_decay=0, max_grad_norm=0, seed=0, max_len=2,
-                    max_prompt_len=1, pretrain_steps=0, sft_steps=0, eval_every=0, save_every=1, log_every=1)
-    for name, least in at_least.items():
-        if getattr(cfg, name) < least:
-            raise SystemExit(f"--{name} {getattr(cfg, name)}: must be at least {least}")
-    for name, x in (("lr", cfg.lr), ("epochs", cfg.epochs), ("beta", hyper.get("beta", 1.0))):
-        if x <= 0:
-            raise SystemExit(f"--{name} {x}: must be positive")
-    for name in ("lambda_d", "lambda_u"):
-        if name in hyper and hyper[name] != "auto" and hyper[name] < 0:
-            raise SystemExit(f"--{name} {hyper[name]}: must be >= 0 or auto")
-    if not 1 <= cfg.lambda_ratio <= 1.5:
-        raise SystemExit(f"--lambda_ratio {cfg.lambda_ratio}: KTO's Eq. 9 asks for a ratio in [1, 1.5]")
-    if cfg.dtype not in DTYPES:
-        raise SystemExit(f"--dtype {cfg.dtype}: valid are {', '.join(DTYPES)}")
-    if "steps" in typed and cfg.steps < 1:
-        raise SystemExit(f"--steps {cfg.steps}: must be at least 1")
-    if cfg.model and not cfg.data:
-        raise SystemExit("--model: needs --data FILE, the preferences to align it with")
-    for name in ("eval_data", "threshold", "columns", "tokenizer"):
-        if name in typed and not cfg.data:
-            raise SystemExit(f"--{name}: needs --data FILE; the embedded world brings its own")
-    if "tokenizer" in typed and cfg.model:
-        raise SystemExit("--tokenizer: --model brings its own tokenizer; the flag is for the small GPT")
-    if cfg.overwrite and cfg.resume:
-        raise SystemExit("--overwrite and --resume: give one of them")
-    if hyper.get("z0") == "estimate" and cfg.batch_size == 1:
-        raise SystemExit("--batch_size 1: KTO's z0 is estimated from mismatched pairs, which need 2 rows; raise it or give --z0 zero")
-
-
-def help_text(loss_name, hyper):
-    if loss_name:
-        lines = [f"--loss {loss_name}", "", inspect.getdoc(LOSSES[loss_name]) or "", "", "its own flags:"]
-        return "\n".join(lines + [f"  --{n} (default {d})" for n, d in hyper.items()] or ["  none"])
-    lines = ["train.py --name value ...   (--loss NAME --help shows that objective's equation and parameters)", ""]
-    return "\n".join(lines + [f"  --{f.name:<18} {f.metadata['help']}" + ("" if f.default in ("", False, (), None)
-                                                                      else f" [{f.default}]") for f in fields(Config)])
-
-
-DTYPES = {"fp32": torch.float32, "bf16": torch.float32, "fp64": torch.float64}                   # the dtype of the weights
-
-
-# --- several processes (everything else reads as if there were one) -----------------------------------------------------
-
-@dataclass
-class Group:
-    """The processes of this run. Only fixed-size sums cross between them."""
-    rank: int = 0
-    size: int = 1
-    device: torch.device = torch.device("cpu")
-
-    @classmethod
-    def join(cls, device=""):
-        """The process group torchrun has prepared; a single process where there is none."""
-        rank, size, local = (int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
-        cuda = device.startswith("cuda") if device else torch.cuda.is_available()
-        if cuda:
-            torch.cuda.set_device(local)
-        if size > 1 and not dist.is_initialized():
-            dist.init_process_group("nccl" if cuda else "gloo")
-        return cls(rank, size, torch.device(f"cuda:{local}" if cuda else device or "cpu"))
-
-    def sum(self, tensor):
-        """All-reduced in place: each rank fills in its part, the rest is 0."""
-        if self.size > 1:
-            shared = tensor.to(self.device)
-            dist.all_reduce(shared)
-            tensor.copy_(shared)
-        return tensor
-
-    def barrier(self):
-        if self.size > 1:
-            dist.barrier()
-
-    def say(self, *words):
-        if self.rank == 0:
-            print(*words, flush=True)
-
-    def bar(self, total, what, initial=0):
-        return tqdm(total=total, initial=initial, desc=what, unit="step" if "step" in what else "row", disable=self.rank != 0,
-                    mininterval=0.5 if sys.stderr.isatty() else 20, dynamic_ncols=True)
-
-
-def use_threads(policy, alone=False):
-    """Set torch's threads, explicitly (torchrun sets 1 for several processes only); returns the number before.
-
-    The matmuls of a model below a million weights are too small to share: a second thread gained 1.3x on an idle machine and
-    lost 5x to 20x on a busy one, where threads spin for each other. A fixed number for a base model made `alone`, since it may
-    change the last bit of a sum.
-    """
-    before, cores = torch.get_num_threads(), os.cpu_count() or 1
-    share = 2 if alone else max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
-    torch.set_num_threads(1 if sum(p.numel() for p in policy.parameters()) < 1e6 else min(share, cores))
-    return before
-
-
-# --- measuring --------------------------------------------------------------------------------------------------------
-
-def precision(cfg, device):
-    return torch.autocast(device.type, torch.bfloat16) if cfg.dtype == "bf16" else nullcontext()
-
-
-def logps_of(policy, rows, cfg, device):
-    """(log pi(y|x) of each row (B,), tokens in the forward): the masked sums that every loss is made of."""
-    flat = data.flatten(rows, device)
-    with precision(cfg, device):
-        return flat.sums(policy(flat.ids, flat.positions, flat.lengths, flat.predict, flat.targets)), len(flat.ids)
-
-
-@torch.no_grad()
-def score(policy, rows, cfg, device):
-    """log pi(y|x) of any number of rows, without gradient.   -> (len(rows),) float64 on the CPU"""
-    parts = [logps_of(policy, [rows[i] for i in part], cfg, device)[0].double().cpu() for part in data.token_batches(rows, policy.token_budget)]
-    return torch.cat(parts) if parts else torch.zeros(0, dtype=torch.float64)
-
-
-def frozen_reference(cfg, group):
-    return model.load_policy(cfg.ref, device=group.device, dtype=DTYPES[cfg.dtype]).requires_grad_(False)
-
-
-class Reference:
-    """Log-probs of the frozen reference: of (x, y) once per data set, of (x, y') once per epoch, since partners are drawn anew.
-
-    The model is loaded for these passes alone. They run over fixed slices of the epoch's order, dealt out to the ranks, so a
-    number depends on data, seed and epoch, never on micro-batches or on where a run was resumed; slices that no step will
-    reach are left out.
-    """
-
-    def __init__(self, rows, cfg, group):
-        self.rows, self.cfg, self.group = rows, cfg, group
-        self.prompts = [r.prompt_key for r in rows]
-        self.matched_table, self.mismatched_table, self.epoch = None, None, None
-
-    def _score(self, rows, needed, what):
-        policy = frozen_reference(self.cfg, self.group)
-        table = torch.zeros(len(rows), dtype=torch.float64)
-        with self.group.bar(needed, what) as bar:
-            for k, part in enumerate(data.token_batches(rows, policy.token_budget)):
-                if part.start >= needed:
-                    break
-                if k % self.group.size == self.group.rank:
-                    table[part.start:part.stop] = score(policy, [rows[i] for i in part], self.cfg, self.group.device)
-                bar.update(min(part.stop, needed) - part.start)
-        return self.group.sum(table)
-
-    def matched(self, batch):
-        """log pi_ref(y|x) of the batch's rows.   (B,)"""
-        if self.matched_table is None:
-            order = data.epoch_order(len(self.rows), self.cfg.seed, 0).tolist()
-            needed = min(len(order), self.cfg.steps * self.cfg.batch_size)
-            self.matched_table = torch.zeros(len(order), dtype=torch.float64)
-            self.matched_table[order] = self._score([self.rows[i] for i in order], needed, "reference log-probs")
-        return self.matched_table[batch.rows]
-
-    def mismatched(self, batch):
-        """log pi_ref(y'|x) of the batch's mismatched pairs.   (B,)"""
-        n, size, seed = len(self.rows), self.cfg.batch_size, self.cfg.seed
-        per_epoch = data.steps_per_epoch(n, size)
-        epoch, k = divmod(batch.step, per_epoch)
-        if self.epoch != epoch:
-            batches = [data.batch_at(self.prompts, size, seed=seed, step=epoch * per_epoch + s) for s in range(per_epoch)]
-            rows = [data.mismatched(self.rows[i], self.rows[j], self.cfg.max_len) for b in batches for i, j in zip(b.rows, b.partners)]
-            needed = min(n, (self.cfg.steps - epoch * per_epoch) * size)
-            self.mismatched_table, self.epoch = self._score(rows, needed, "reference, mismatched"), epoch
-        return self.mismatched_table[k * size:k * size + len(batch.rows)]
-
-
-def measure_shared(policy, reference, batch, rows, task, running):
-    """What must be known of the WHOLE global batch before the first backward, by name; no gradient, equal on every rank."""
-    cfg, group, shared = task.cfg, task.group, {}
-
-    def over_ranks(batch_rows):
-        """log pi of all these rows, each rank scoring its share.   (B,)"""
-        table = torch.zeros(len(batch_rows), dtype=torch.float64)
-        table[group.rank::group.size] = score(policy, batch_rows[group.rank::group.size], cfg, group.device)
-        return group.sum(table)
-
-    if "kl_logratios" in task.wants and task.z0 != "estimate":
-        shared["kl_logratios"] = torch.tensor([] if task.z0 == "zero" else [task.z0], dtype=torch.float64)
-    elif {"kl_logratios", "entropy"} & set(task.wants):
-        kl_logps = over_ranks([data.mismatched(rows[i], rows[j], cfg.max_len) for i, j in zip(batch.rows, batch.partners)])
-        if "kl_logratios" in task.wants:
-            shared["kl_logratios"] = kl_logps - reference.mismatched(batch)
-        if "entropy" in task.wants:
-            shared["entropy"] = -kl_logps.mean()
-    if "reward_shift" in task.wants:                                      # a running mean over every sample seen so far
-        rewards = task.hyper["beta"] * (over_ranks([rows[i] for i in batch.rows]) - reference.matched(batch))
-        running["reward_sum"] = running.get("reward_sum", 0.0) + float(rewards.sum())
-        running["reward_count"] = running.get("reward_count", 0.0) + len(rewards)
-        shared["reward_shift"] = torch.tensor(running["reward_sum"] / running["reward_count"], dtype=torch.float64)
-    if "mean_len" in task.wants:
-        shared["mean_len"] = torch.tensor(float(np.mean([(rows[i].mask > 0).sum() for i in batch.rows])), dtype=torch.float64)
-    return shared
-
-
 # --- one step ---------------------------------------------------------------------------------------------------------
 
 @dataclass
@@ -410,34 +124,35 @@ class Task:
 
     def __post_init__(self):
         self.wants = signature(self.loss)[0]
-        self.needs_reference = bool({"logratios", "kl_logratios", "reward_shift"} & set(self.wants))
+        self.needs_reference = bool(REFERENCE & set(self.wants))
         self.needs_partners = "entropy" in self.wants or ("kl_logratios" in self.wants and self.z0 == "estimate")
 
 
-def train_step(policy, reference, optimizer, batch, rows, task, running, *, update=True):
+def train_step(policy, reference, optimizer, batch, units, task, running, *, update=True):
     """One optimiser step on one global batch. Returns its metrics, the same on every rank.
 
     update=False stops before the optimiser: the gradients are there to be looked at, the weights are untouched.
     """
     cfg, group, start = task.cfg, task.group, time.perf_counter()
     n = len(batch.rows)
-    shared = measure_shared(policy, reference, batch, rows, task, running)
+    shared = measure_shared(policy, reference, batch, units, task, running)
     ref_logps = reference.matched(batch) if task.needs_reference else None
-    table = torch.zeros(3, n, dtype=torch.float64)                                      # loss, log pi, tokens; one column per row
-    mine = list(range(group.rank, n, group.size))                                       # this rank's rows of the global batch
-    for part in micro_batches(mine, batch, rows, cfg, policy.token_budget):
-        logps, tokens = logps_of(policy, [rows[batch.rows[i]] for i in part], cfg, group.device)
+    table = torch.zeros(2 + len(units[0]), n, dtype=torch.float64)                      # loss, tokens, log pi of each response
+    mine = list(range(group.rank, n, group.size))                                       # this rank's share of the global batch
+    extra = full_vocabulary(task.wants, reference, cfg, group.device)
+    for part in micro_batches(mine, batch, units, cfg, policy.token_budget):
+        some = [units[batch.rows[i]] for i in part]
+        logps, tokens = logps_of(policy, some, cfg, group.device, extra)
+        logps, extras = (logps, None) if extra is None else (logps[0], logps[1:])
 
-        def to(x):
-            return x.to(logps.dtype).to(logps.device)              # cast first: Apple's GPUs have no float64
+        def to(x):                                                                      # cast first: Apple's GPUs have no float64
+            return x.to(logps.dtype if x.is_floating_point() else x.dtype).to(logps.device)
 
-        quantities = {"logps": lambda: logps,
-                      "logratios": lambda: logps - to(ref_logps[part]),
-                      "desirable": lambda: torch.tensor([rows[batch.rows[i]].desirable for i in part], device=logps.device),
-                      **{name: (lambda x=x: to(x)) for name, x in shared.items()}}
-        losses = task.loss(**{name: quantities[name]() for name in task.wants}, **task.hyper)
+        named = measure(logps, None if ref_logps is None else to(ref_logps[part]), some, extras)
+        measured = {name: to(shared[name] if name in shared else named[name]()) for name in task.wants}
+        losses = task.loss(**measured, **task.hyper)
         (losses.sum() / n).backward()                                                   # the global count, on every rank
-        table[:, part] = torch.stack([losses.detach(), logps.detach(), torch.full_like(logps, tokens / len(part))]).cpu().double()
+        table[:, part] = torch.stack([losses, torch.full_like(losses, tokens / len(part)), *logps.T]).detach().cpu().double()
     table = group.sum(table)
     params = [p for p in policy.parameters() if p.requires_grad]
     if group.size > 1:                                                                  # one flat all-reduce; no gradient counts as 0
@@ -447,7 +162,7 @@ def train_step(policy, reference, optimizer, batch, rows, task, running, *, upda
             p.grad = g.view_as(p)
     grad_norm = float(torch.nn.utils.clip_grad_norm_(params, cfg.max_grad_norm or math.inf))
     if not torch.isfinite(table[0]).all():
-        bad = [rows[batch.rows[i]].where or f"row {batch.rows[i]}" for i in (~torch.isfinite(table[0])).nonzero()[:, 0].tolist()]
+        bad = [units[batch.rows[i]][0].where or f"row {batch.rows[i]}" for i in (~torch.isfinite(table[0])).nonzero()[:, 0].tolist()]
         raise SystemExit(f"step {batch.step}: the loss is not finite on {', '.join(bad[:3])}; a lower --lr, or look at these rows")
     if not math.isfinite(grad_norm):
         raise SystemExit(f"step {batch.step}: the gradient is not finite although the loss is; a lower --lr, or --dtype fp32")
@@ -459,14 +174,16 @@ def train_step(policy, reference, optimizer, batch, rows, task, running, *, upda
         optimizer.zero_grad(set_to_none=True)
     # ------------------------------------------------------------------------------------ everything below is diagnostics
     return {"step": batch.step, "epoch": round(batch.epoch, 4), "loss": float(table[0].mean()), "grad_norm": grad_norm, "lr": lr,
-            "tokens_per_second": float(table[2].sum()) / (time.perf_counter() - start)} | diagnostics(table[1], ref_logps, batch, rows, task, shared)
+            "tokens_per_second": float(table[1].sum()) / (time.perf_counter() - start)} | diagnostics(table[2:].T, ref_logps, batch, units, task, shared)
 
 
-def micro_batches(mine, batch, rows, cfg, budget):
-    """This rank's rows in slices: --micro_batch_size rows, or as many as fit the token budget."""
+def micro_batches(mine, batch, units, cfg, budget):
+    """This rank's examples in slices: --micro_batch_size of them, or as many as fit the token budget (aot: all)."""
+    if cfg.loss in BATCH_COUPLED:
+        return [mine]
     if cfg.micro_batch_size:
         return [mine[i:i + cfg.micro_batch_size] for i in range(0, len(mine), cfg.micro_batch_size)]
-    return [mine[part.start:part.stop] for part in data.token_batches([rows[batch.rows[i]] for i in mine], budget)]
+    return [mine[part.start:part.stop] for part in data.token_batches([units[batch.rows[i]] for i in mine], budget)]
 
 
 def learning_rate(step, cfg):
@@ -475,30 +192,211 @@ def learning_rate(step, cfg):
     return cfg.lr * (step + 1) / cfg.warmup if step < cfg.warmup else cfg.lr * (0.55 + 0.45 * math.cos(math.pi * min(done, 1.0)))
 
 
-def diagnostics(logps, ref_logps, batch, rows, task, shared):
-    """Metrics over the global batch, named as TRL's dashboards name them. A class that is absent gives None, never NaN."""
-    up = torch.tensor([rows[i].desirable for i in batch.rows])
-    ratios = None if ref_logps is None else logps - ref_logps
-    mean = lambda x, where: float(x[where].mean()) if where.any() else None                                    # noqa: E731
-    out = {"logps/chosen": mean(logps, up), "logps/rejected": mean(logps, ~up)}
-    if ratios is not None:
-        beta, z0, kl = task.hyper.get("beta", 1.0), 0.0, shared.get("kl_logratios")
-        if kl is not None:
-            z0 = float(kto.reference_point(kl))
-            out |= {"z0": z0, "z0_raw": float(kl.mean()) if len(kl) else 0.0}
-        good, bad = mean(beta * ratios, up), mean(beta * ratios, ~up)
-        out |= {"rewards/chosen": good, "rewards/rejected": bad, "rewards/margins": None if None in (good, bad) else good - bad,
-                "rewards/accuracies": float(torch.where(up, ratios > z0, ratios < z0).double().mean()),
-                "logratios/max": float(torch.cat([ratios, kl if task.z0 == "estimate" else ratios]).abs().max())}
-    return out
-
-
 def make_optimizer(policy, cfg):
     """AdamW, fused; weight decay on matrices only."""
     params = [p for p in policy.parameters() if p.requires_grad]
     groups = [{"params": [p for p in params if p.dim() >= 2], "weight_decay": cfg.weight_decay},
               {"params": [p for p in params if p.dim() < 2], "weight_decay": 0.0}]
     return torch.optim.AdamW(groups, lr=cfg.lr, betas=(0.9, 0.95), fused=True)
+
+
+# --- measuring: which numbers a loss gets, and what they are compared with --------------------------------------------
+
+def logps_of(policy, units, cfg, device, extra=None):
+    """(log pi of each response (b, S), tokens in the forward): the masked sums that every loss is made of.
+
+    A unit is what one example of the loss consists of: (row,), or (chosen, rejected). S is its size. With `extra`, a function
+    of the flat row that measures more per position, the sums of those too: (1 + k, b, S).
+    """
+    flat = data.flatten([row for unit in units for row in unit], device)
+    with precision(cfg, device):
+        values = policy(flat.ids, flat.positions, flat.lengths, flat.predict, flat.targets, extra and extra(flat))
+    sums = flat.sums(values) if extra is None else torch.stack([flat.sums(v) for v in values])
+    return sums.unflatten(-1, (len(units), -1)), len(flat.ids)
+
+
+def precision(cfg, device):
+    return torch.autocast(device.type, torch.bfloat16) if cfg.dtype == "bf16" else nullcontext()
+
+
+@torch.no_grad()
+def score(policy, units, cfg, device):
+    """log pi of any number of units, without gradient.   -> (len(units), S) float64 on the CPU"""
+    parts = [logps_of(policy, [units[i] for i in part], cfg, device)[0].cpu().double() for part in data.token_batches(units, policy.token_budget)]
+    return torch.cat(parts) if parts else torch.zeros(0, 1, dtype=torch.float64)
+
+
+class Reference:
+    """Log-probs of the frozen reference: of (x, y) once per data set, of (x, y') once per epoch, since partners are drawn anew.
+
+    The model is loaded for these passes alone. They run over fixed slices of the epoch's order, dealt out to the ranks, so a
+    number depends on data, seed and epoch, never on micro-batches or on where a run was resumed; slices that no step will
+    reach are left out.
+    """
+
+    def __init__(self, units, cfg, group):
+        self.units, self.cfg, self.group = units, cfg, group
+        self.prompts = [u[0].prompt_key for u in units]
+        self.matched_table, self.mismatched_table, self.epoch = None, None, None
+
+    def _score(self, units, needed, what):
+        policy = frozen_reference(self.cfg, self.group)
+        table = torch.zeros(len(units), len(units[0]), dtype=torch.float64)
+        with self.group.bar(needed, what) as bar:
+            for k, part in enumerate(data.token_batches(units, policy.token_budget)):
+                if part.start >= needed:
+                    break
+                if k % self.group.size == self.group.rank:
+                    table[part.start:part.stop] = score(policy, [units[i] for i in part], self.cfg, self.group.device)
+                bar.update(min(part.stop, needed) - part.start)
+        return self.group.sum(table)
+
+    @cached_property
+    def live(self):
+        """The model itself, for losses that compare whole next-token distributions (TDPO)."""
+        return frozen_reference(self.cfg, self.group)
+
+    def matched(self, batch):
+        """log pi_ref(y|x) of the batch's responses.   (B, S)"""
+        if self.matched_table is None:
+            order = data.epoch_order(len(self.units), self.cfg.seed, 0).tolist()
+            needed = min(len(order), self.cfg.steps * self.cfg.batch_size)
+            table = self._score([self.units[i] for i in order], needed, "reference log-probs")
+            self.matched_table = torch.zeros_like(table)
+            self.matched_table[order] = table
+        return self.matched_table[batch.rows]
+
+    def mismatched(self, batch):
+        """log pi_ref(y'|x) of the batch's mismatched pairs.   (B,)"""
+        n, size, seed = len(self.units), self.cfg.batch_size, self.cfg.seed
+        per_epoch = data.steps_per_epoch(n, size)
+        epoch, k = divmod(batch.step, per_epoch)
+        if self.epoch != epoch:
+            batches = [data.batch_at(self.prompts, size, seed=seed, step=epoch * per_epoch + s) for s in range(per_epoch)]
+            pairs = [u for b in batches for u in mismatched_units(self.units, b, self.cfg)]
+            needed = min(n, (self.cfg.steps - epoch * per_epoch) * size)
+            self.mismatched_table, self.epoch = self._score(pairs, needed, "reference, mismatched")[:, 0], epoch
+        return self.mismatched_table[k * size:k * size + len(batch.rows)]
+
+
+class NoReference:
+    """log pi_ref = 0 for every response: what is left of a log-ratio is log pi."""
+
+    def __init__(self, width):
+        self.width = width
+
+    def matched(self, batch):
+        return torch.zeros(len(batch.rows), self.width, dtype=torch.float64)
+
+
+def frozen_reference(cfg, group):
+    return model.load_policy(cfg.ref, device=group.device, dtype=DTYPES[cfg.dtype]).requires_grad_(False)
+
+
+def mismatched_units(units, batch, cfg):
+    return [(data.mismatched(units[i][0], units[j][0], cfg.max_len),) for i, j in zip(batch.rows, batch.partners)]
+
+
+def measure_shared(policy, reference, batch, units, task, running):
+    """What must be known of the WHOLE global batch before the first backward, by name; no gradient, equal on every rank."""
+    cfg, group, wants, shared = task.cfg, task.group, set(task.wants), {}
+
+    def over_ranks(some):
+        """log pi of all these units, each rank scoring its share.   (B, S)"""
+        table = torch.zeros(len(some), len(some[0]), dtype=torch.float64)
+        table[group.rank::group.size] = score(policy, some[group.rank::group.size], cfg, group.device)
+        return group.sum(table)
+
+    if "kl_logratios" in wants and task.z0 != "estimate":
+        shared["kl_logratios"] = torch.tensor([] if task.z0 == "zero" else [task.z0], dtype=torch.float64)
+    elif {"kl_logratios", "entropy"} & wants:
+        kl_logps = over_ranks(mismatched_units(units, batch, cfg))[:, 0]
+        if "kl_logratios" in wants:
+            shared["kl_logratios"] = kl_logps - reference.mismatched(batch)
+        if "entropy" in wants:
+            shared["entropy"] = -kl_logps.mean()
+    if {"reward_shift", "margin_mean", "batch_margin_mean"} & wants:
+        ratios = over_ranks([units[i] for i in batch.rows]) - reference.matched(batch)
+        if "reward_shift" in wants:                                       # BCO: mean over every sample seen so far
+            running["reward_sum"] = running.get("reward_sum", 0.0) + task.hyper["beta"] * float(ratios.sum())
+            running["reward_count"] = running.get("reward_count", 0.0) + ratios.numel()
+            shared["reward_shift"] = torch.tensor(running["reward_sum"] / running["reward_count"], dtype=torch.float64)
+        else:                                                             # beta-DPO: moving average from 0, updated before use
+            margin = (ratios[:, 0] - ratios[:, 1]).mean()
+            running["margin_mean"] = 0.9 * running.get("margin_mean", 0.0) + 0.1 * float(margin)
+            shared |= {"batch_margin_mean": margin, "margin_mean": torch.tensor(running["margin_mean"], dtype=torch.float64)}
+    if "mean_len" in wants:
+        shared["mean_len"] = torch.tensor(float(np.mean([n_trained(units[i][0]) for i in batch.rows])), dtype=torch.float64)
+    return shared
+
+
+def measure(logps, ref_logps, units, extras=None):
+    """What a loss may name of its own examples, as functions: only what it names is computed. logps, ref_logps (b, S).
+
+    extras (2, b, S): sums over the response of KL(pi_ref || pi) per position, and of WPO's log-confidence.
+    """
+    def column(values, dtype=torch.float64):
+        return torch.tensor(list(values), dtype=dtype)
+
+    named = {"logps": lambda: logps[:, 0], "logratios": lambda: logps[:, 0] - ref_logps[:, 0],
+             "desirable": lambda: column((u[0].desirable for u in units), torch.bool),
+             "preferred": lambda: torch.ones(len(units), dtype=torch.bool),                       # data puts the preferred response first
+             "score_gap": lambda: column(u[0].score - u[1].score for u in units)}
+    for k, side in enumerate(("chosen", "rejected")):
+        named |= {f"{side}_logps": lambda k=k: logps[:, k], f"ref_{side}_logps": lambda k=k: ref_logps[:, k],
+                  f"{side}_logratios": lambda k=k: logps[:, k] - ref_logps[:, k],
+                  f"{side}_len": lambda k=k: column(n_trained(u[k]) for u in units),
+                  f"{side}_kl": lambda k=k: extras[0, :, k],
+                  f"{side}_weight": lambda k=k: (extras[1, :, k] / column(n_trained(u[k]) for u in units).to(logps)).exp(),
+                  f"{side}_win_prob": lambda k=k: column(u[k].win_prob for u in units)}
+    return named
+
+
+def full_vocabulary(wants, reference, cfg, device):
+    """The `extra` of logps_of for losses that look at whole next-token distributions, or None.   -> flat -> (logits, y, rows) -> (2, m)
+
+    Chunk by chunk: the reference's hidden states are kept, never its logits, so no two (M, V) tensors are ever alive.
+    """
+    kl, weight = ({f"chosen_{x}", f"rejected_{x}"} & set(wants) for x in ("kl", "weight"))
+    if not kl and not weight:
+        return None
+
+    def of(flat):
+        if kl:
+            with torch.no_grad(), precision(cfg, device):
+                hidden = reference.live.hidden(flat.ids, flat.positions, flat.lengths, flat.predict)
+
+        def extra(logits, targets, rows):
+            zeros = torch.zeros(len(targets), device=device)
+            return torch.stack([model.position_kl(reference.live.head(hidden[rows]), logits) if kl else zeros,
+                                model.position_confidence(logits, targets) if weight else zeros])
+        return extra
+
+    return of
+
+
+def n_trained(row):
+    return int((row.mask > 0).sum())
+
+
+# --- what the loop says of itself -------------------------------------------------------------------------------------
+
+def diagnostics(logps, ref_logps, batch, units, task, shared):
+    """Metrics over the global batch, named as TRL's dashboards name them. A class that is absent gives None, never NaN."""
+    up = torch.tensor([[row.desirable for row in units[i]] for i in batch.rows])                     # (B, S), as logps
+    mean = lambda x, where: float(x[where].mean()) if where.any() else None                                    # noqa: E731
+    out = {"logps/chosen": mean(logps, up), "logps/rejected": mean(logps, ~up)}
+    if ref_logps is not None:
+        ratios, beta, z0, kl = logps - ref_logps, task.hyper.get("beta") or 1.0, 0.0, shared.get("kl_logratios")
+        if kl is not None:
+            z0 = float(kto.reference_point(kl))
+            out |= {"z0": z0, "z0_raw": float(kl.mean()) if len(kl) else 0.0}
+        good, bad = mean(beta * ratios, up), mean(beta * ratios, ~up)
+        right = ratios[:, 0] > ratios[:, 1] if ratios.shape[1] > 1 else torch.where(up, ratios > z0, ratios < z0)
+        out |= {"rewards/chosen": good, "rewards/rejected": bad, "rewards/margins": None if None in (good, bad) else good - bad,
+                "rewards/accuracies": float(right.double().mean()),
+                "logratios/max": float(max(ratios.abs().max(), kl.abs().max() if task.z0 == "estimate" else 0))}
+    return out
 
 
 def check_first_step(m, predicted, cfg, apart):
@@ -518,118 +416,27 @@ def check_first_step(m, predicted, cfg, apart):
     return line + (" | policy and reference start apart" if apart else " | ok")
 
 
-def predicted_first_loss(batch, rows, task):
+def predicted_first_loss(batch, units, task):
     """The loss at pi = pi_ref, from the loss function itself at log-ratios of 0; None where it depends on the log-probs."""
-    if not set(task.wants) <= {"logratios", "desirable", "kl_logratios", "reward_shift"}:
+    if {"logps", "chosen_logps", "rejected_logps", "chosen_weight"} & set(task.wants):
         return None
-    zeros = torch.zeros(len(batch.rows), dtype=torch.float64)
-    fixed = torch.tensor([] if task.z0 in ("zero", "estimate", None) else [task.z0], dtype=torch.float64)
-    known = {"logratios": zeros, "kl_logratios": fixed, "reward_shift": zeros.sum(),
-             "desirable": torch.tensor([rows[i].desirable for i in batch.rows])}
-    return float(task.loss(**{name: known[name] for name in task.wants}, **task.hyper).mean())
+    some = [units[i] for i in batch.rows]
+    zeros = torch.zeros(len(some), len(some[0]), dtype=torch.float64)
+    known = example_values(len(some))
+    if isinstance(task.z0, float):
+        known["kl_logratios"] = torch.tensor([task.z0], dtype=torch.float64)
+    own = measure(zeros, zeros, some, torch.zeros(2, *zeros.shape, dtype=torch.float64))
+    return float(task.loss(**{name: own[name]() if name in own else known[name] for name in task.wants}, **task.hyper).mean())
 
 
-# --- checkpoints: one file, written beside and renamed; the last two are kept ---------------------------------------------
-
-def save_checkpoint(folder, policy, optimizer, step, running):
-    folder.mkdir(parents=True, exist_ok=True)
-    tensors = {"rng": torch.get_rng_state()}
-    for name, p in policy.named_parameters():
-        tensors["policy." + name] = p.detach()
-        tensors |= {f"{key}.{name}": value for key, value in optimizer.state.get(p, {}).items()}
-    path = folder / f"step-{step:06d}.safetensors"
-    beside = path.with_suffix(".tmp")
-    save_file({k: t.contiguous() for k, t in tensors.items()}, beside, metadata={"state": json.dumps({"step": step, "running": running})})
-    with open(beside, "rb") as f:
-        os.fsync(f.fileno())
-    os.replace(beside, path)
-    for old in sorted(folder.glob("step-*.safetensors"))[:-2]:
-        old.unlink()
-
-
-def load_checkpoint(folder, policy, optimizer):
-    """(next step, running means); policy and optimiser are filled in place."""
-    files = sorted(folder.glob("step-*.safetensors"))
-    if not files:
-        return 0, {}
-    with safe_open(files[-1], "pt") as f:
-        state = json.loads(f.metadata()["state"])
-        names = set(f.keys())
-        for name, p in policy.named_parameters():
-            if "policy." + name not in names:
-                raise SystemExit(f"--resume: {files[-1]} has no tensor for {name}: it belongs to another model")
-            p.data.copy_(f.get_tensor("policy." + name))
-            if "exp_avg." + name in names:
-                optimizer.state[p] = {k: f.get_tensor(f"{k}.{name}").to(p.device) for k in ("step", "exp_avg", "exp_avg_sq")}
-        torch.set_rng_state(f.get_tensor("rng"))
-    return state["step"], state["running"]
-
-
-# --- where the policy starts: the embedded world's base model, or the small GPT for a file -------------------------------
-
-def fit(policy, rows, cfg, group, what):
-    """A supervised stage, on one process: the same step as alignment, with the token-mean loss and no reference."""
-    task = Task(cfg, group, token_nll_loss, {})
-    optimizer, prompts, running, loss = make_optimizer(policy, cfg), [r.prompt_key for r in rows], {}, math.nan
-    with group.bar(cfg.steps, what) as bar:
-        for step in range(cfg.steps):
-            m = train_step(policy, None, optimizer, data.batch_at(prompts, cfg.batch_size, seed=cfg.seed, step=step), rows, task, running)
-            loss = m["loss"] if step == 0 else 0.95 * loss + 0.05 * m["loss"]
-            bar.update()
-            bar.set_postfix_str(f"loss {loss:.3f} per token", refresh=False)
-    return loss
-
-
-def base_model(cfg, group, source):
-    """The folder of a small GPT trained through `source.stages()`; made once, then reused.
-
-    Its name is a hash of all it depends on: code, seed, settings, rows. Rank 0 makes it, alone and with a fixed number of
-    threads, in a folder beside that is renamed when done. A dry run trains nothing: random weights in a temporary folder.
-    """
-    stages, tokenizer = source.stages(), source.tokenizer
-    key = hashlib.sha256(json.dumps([asdict(source.shape), cfg.seed, torch.__version__, [(what, s) for what, _, s in stages]], sort_keys=True).encode())
-    for module in (data, model, world, sys.modules[__name__]):
-        key.update(Path(module.__file__).read_bytes())
-    for _, rows, _ in stages:
-        key.update(b"".join(r.ids.tobytes() + r.mask.tobytes() for r in rows))
-    folder = Path(cfg.out).parent / f"base-{key.hexdigest()[:12]}"
-    torch.manual_seed(cfg.seed)
-    if cfg.dry_run and not folder.exists():
-        group.say("base model: not made yet; random weights stand in for it here")
-        stand_in = tempfile.mkdtemp(prefix="nanokto-dry-run-")
-        atexit.register(shutil.rmtree, stand_in, ignore_errors=True)
-        model.GPT(source.shape).save(stand_in)
-        return stand_in
-    if group.rank == 0:
-        with locked(folder.with_suffix(".lock")):
-            if folder.exists():
-                group.say(f"base model: {folder} (made before; nothing it depends on has changed)")
-            else:
-                policy = model.GPT(source.shape).to(group.device)
-                threads = use_threads(policy, alone=True)
-                for what, rows, s in stages:
-                    stage = Config(**{**asdict(cfg), "micro_batch_size": 0, "dtype": "fp32", "max_grad_norm": 1.0, **s})
-                    fit(policy, rows, stage, Group(device=group.device), f"{what}, step")
-                beside = folder.with_suffix(".tmp")
-                shutil.rmtree(beside, ignore_errors=True)
-                policy.save(beside, eot=tokenizer.eot)
-                tokenizer.save(beside)
-                beside.rename(folder)
-                torch.set_num_threads(threads)
-    group.barrier()
-    return str(folder)
-
-
-@contextmanager
-def locked(path):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "w") as f:
-        try:
-            import fcntl
-            fcntl.flock(f, fcntl.LOCK_EX)
-        except ImportError:                                                            # Windows: two runs at once are not guarded
-            pass
-        yield
+def example_values(n):
+    """Every measured quantity as it is where policy and reference are equal, for n examples of one token with log-prob -1."""
+    zero, one, yes = torch.zeros(n, dtype=torch.float64), torch.ones(n, dtype=torch.float64), torch.ones(n, dtype=torch.bool)
+    sides = {f"{side}_{name}": v for side in ("chosen", "rejected") for name, v in (("logps", -one), ("logratios", zero), ("len", one), ("win_prob", one / 2),
+                                                                                    ("kl", zero), ("weight", one))}
+    return {"logps": -one, "logratios": zero, "desirable": yes, "kl_logratios": zero[:0], "entropy": one, "reward_shift": zero.sum(),
+            "mean_len": one.mean(), "score_gap": one, "preferred": yes, "margin_mean": zero.sum(), "batch_margin_mean": zero.sum(),
+            "ref_chosen_logps": -one, "ref_rejected_logps": -one, **sides}
 
 
 # --- a run ------------------------------------------------------------------------------------------------------------
@@ -652,20 +459,32 @@ def run(argv):
     cfg, hyper, origin = settings(argv)
     out = Path(cfg.out)
     check_out(out, cfg)
-    source = file_source(cfg) if cfg.data else world_source(cfg)
+    paired = is_paired(signature(find_loss(cfg.loss))[0])
+    source = file_source(cfg, paired) if cfg.data else world_source(cfg, paired)
     group = Group.join(cfg.device)
-    rows = source.rows
-    if "desirable" not in signature(LOSSES[cfg.loss])[0]:                       # a loss that knows no labels imitates: good rows only
-        rows = [r for r in rows if r.desirable]
-        if not rows:
+    loss, units, z0 = find_loss(cfg.loss), source.units, hyper.get("z0")
+    wants = signature(loss)[0]
+    if not paired and "desirable" not in wants:                       # a loss that knows no labels imitates: good rows only
+        units = [u for u in units if u[0].desirable]
+        if not units:
             raise SystemExit(f"--loss {cfg.loss}: learns from desirable rows only, and there are none ({data.counts_line(source.counts)})")
-    cfg.batch_size = min(cfg.batch_size, len(rows))
-    cfg.steps = cfg.steps or max(1, math.ceil(cfg.epochs * data.steps_per_epoch(len(rows), cfg.batch_size)))
-    n_d, n_u = sum(r.desirable for r in rows), sum(not r.desirable for r in rows)
+    for name, columns in (("score_gap", "score_chosen, score_rejected"), ("chosen_win_prob", "win_prob_chosen, win_prob_rejected")):
+        attribute = "score" if name == "score_gap" else "win_prob"
+        missing = name in wants and next((u for u in units if None in [getattr(row, attribute) for row in u]), None)
+        if missing:
+            raise SystemExit(f"{missing[0].where}: --loss {cfg.loss} needs the columns {columns}")
+        if name == "score_gap" and name in wants and (tied := next((u for u in units if u[0].score <= u[1].score), None)):
+            raise SystemExit(f"{tied[0].where}: --loss {cfg.loss} needs score_chosen > score_rejected, got {tied[0].score:g} and {tied[1].score:g}")
+    recipe = RECIPES.get(cfg.loss, {})
+    if recipe.get("mask") == "ld":
+        units = [data.length_desensitised(u, hyper["ld_alpha"]) for u in units]
+    cfg.batch_size = min(cfg.batch_size, len(units))
+    cfg.steps = cfg.steps or max(1, math.ceil(cfg.epochs * data.steps_per_epoch(len(units), cfg.batch_size)))
+    n_d, n_u = (sum(row.desirable is side for u in units for row in u) for side in (True, False))
     balance = set_lambdas(hyper, n_d, n_u, cfg.lambda_ratio)
-    own = dict(hyper)
-    task = Task(cfg, group, LOSSES[cfg.loss], hyper, z0=hyper.pop("z0", None))
-    prompts = [r.prompt_key for r in rows]
+    own, hyper = hyper, {k: v for k, v in hyper.items() if k in signature(loss)[1]}
+    task = Task(cfg, group, loss, hyper, z0)
+    prompts = [u[0].prompt_key for u in units]
     if task.needs_partners and len(set(prompts)) < 2:
         raise SystemExit(f"--data {' '.join(cfg.data)}: all rows have one prompt, as the model sees it (--max_prompt_len {cfg.max_prompt_len}); "
                          "z0 is estimated from mismatched pairs, which need two: give --z0 zero or more prompts")
@@ -684,25 +503,26 @@ def run(argv):
     if source.tokenizer.vocab_size > policy.vocab_size:
         raise SystemExit(f"--model {cfg.init}: its tokenizer has {source.tokenizer.vocab_size} tokens, its embedding only {policy.vocab_size}")
     use_threads(policy)
-    reference = Reference(rows, cfg, group) if task.needs_reference else None
+    zero = recipe.get("reference") == "none"
+    reference = None if not task.needs_reference else NoReference(len(units[0])) if zero else Reference(units, cfg, group)
     group.say(f"policy: {cfg.init}, {sum(p.numel() for p in policy.parameters()):,} weights"
               + ("" if policy.flat else " (rows are padded: this architecture does not keep flat ones apart)")
-              + (f" | reference: {cfg.ref}" if reference else " | no reference needed"))
+              + (f" | reference: {cfg.ref}" if reference and not zero else " | no reference needed"))
     seconds = {"base": time.perf_counter() - clock}
     optimizer = make_optimizer(policy, cfg)
     record = {**asdict(cfg), **own, "task": source.task, "origin": origin, "n_desirable": n_d, "n_undesirable": n_u,
               "processes": group.size, "versions": {"torch": torch.__version__, "python": sys.version.split()[0], "numpy": np.__version__}, "commit": git_commit()}
     record = json.loads(json.dumps(record))                                     # as it will be read back
-    apart = Path(cfg.init).resolve() != Path(cfg.ref).resolve()
+    apart = zero or Path(cfg.init).resolve() != Path(cfg.ref).resolve()
     if cfg.dry_run:
-        return dry_run(policy, reference, optimizer, rows, prompts, task, apart)
+        return dry_run(policy, reference, optimizer, units, prompts, task, apart)
     start, running = resume(out, record, policy, optimizer) if cfg.resume else (0, {})
     if group.rank == 0:
         prepare_out(out, record, start, cfg)
     group.barrier()
 
     clock = time.perf_counter()
-    loop(policy, reference, optimizer, rows, prompts, task, source, range(start, cfg.steps), running, apart)
+    loop(policy, reference, optimizer, units, prompts, task, source, range(start, cfg.steps), running, apart)
     seconds["align"] = time.perf_counter() - clock
     if group.rank == 0:
         policy.save(out / "model", eot=source.tokenizer.eot)
@@ -711,7 +531,7 @@ def run(argv):
     group.barrier()
 
 
-def loop(policy, reference, optimizer, rows, prompts, task, source, steps, running, apart):
+def loop(policy, reference, optimizer, units, prompts, task, source, steps, running, apart):
     """The steps of one run, with what they leave behind: metrics.jsonl, checkpoints, a progress bar. Ctrl-C saves and stops."""
     cfg, group, out, stop, bar = task.cfg, task.group, Path(task.cfg.out), [], None
     handlers = {s: signal.signal(s, lambda *_: stop.append(1)) for s in (signal.SIGINT, signal.SIGTERM)} if in_main_thread() else {}
@@ -719,10 +539,10 @@ def loop(policy, reference, optimizer, rows, prompts, task, source, steps, runni
     try:
         for step in steps:
             batch = data.batch_at(prompts, cfg.batch_size, seed=cfg.seed, step=step)
-            m = train_step(policy, reference, optimizer, batch, rows, task, running)
+            m = train_step(policy, reference, optimizer, batch, units, task, running)
             # -------------------------------------------------------------------------- everything below is diagnostics
             if step == 0:
-                group.say(check_first_step(m, predicted_first_loss(batch, rows, task), cfg, apart))
+                group.say(check_first_step(m, predicted_first_loss(batch, units, task), cfg, apart))
             if cfg.eval_every and (step + 1) % cfg.eval_every == 0 and group.rank == 0:
                 m |= {f"eval/{k}": v for k, v in source.quick(policy, frozen_reference(cfg, group)).items()}
             log.write(json.dumps(m) + "\n")
@@ -780,6 +600,235 @@ def set_lambdas(hyper, n_d, n_u, ratio):
     return f"lambdas: {n_d:,} desirable, {n_u:,} undesirable -> lambda_d {d:.4g}, lambda_u {u:.4g}; lambda_d n_d / (lambda_u n_u) = {reached}"
 
 
+def dry_run(policy, reference, optimizer, units, prompts, task, apart):
+    """The first step without the update, then what the whole run would cost."""
+    cfg, group, steps = task.cfg, task.group, task.cfg.steps
+    cfg.steps = 1                                                                    # only the reference's first slices
+    batch = data.batch_at(prompts, cfg.batch_size, seed=cfg.seed, step=0)
+    m = train_step(policy, reference, optimizer, batch, units, task, {}, update=False)
+    group.say(check_first_step(m, predicted_first_loss(batch, units, task), cfg, apart))
+    clock = time.perf_counter()
+    train_step(policy, reference, optimizer, batch, units, task, {}, update=False)      # again, now that everything is warm
+    per_step, clock = time.perf_counter() - clock, time.perf_counter()
+    score(policy, [units[i] for i in batch.rows], cfg, group.device)
+    per_row = (time.perf_counter() - clock) / len(batch.rows) / group.size
+    passes = 0 if reference is None else min(len(units), steps * cfg.batch_size) + steps * cfg.batch_size * task.needs_partners
+    weights = sum(p.numel() * p.element_size() for p in policy.parameters()) / 2**20
+    rss = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
+    peak = torch.cuda.max_memory_allocated() / 2**20 if group.device.type == "cuda" else rss
+    group.say(f"estimate: {steps} steps x {per_step:.3f} s + {passes:,} reference rows x {1e3 * per_row:.2f} ms = about "
+              f"{(steps * per_step + passes * per_row) / 60:.1f} minutes, base model and evaluation apart\nmemory: weights {weights:.0f} MB, with gradients "
+              f"and AdamW's state {4 * weights:.0f} MB; peak so far {peak:.0f} MB per process\nnothing was written to {cfg.out}")
+
+
+# --- where rows come from: the embedded world, or the user's files ----------------------------------------------------
+
+@dataclass
+class Source:
+    """Where rows come from, how a base model for them is made, and how a result is judged."""
+    task: str                                     # "world" or "files"
+    tokenizer: object
+    units: list                                   # (row,) each, or (chosen, rejected)
+    counts: object
+    format: str
+    story: str
+    hint: object                                  # a line of advice, or None
+    shape: object                                 # GPTConfig of the base model
+    stages: object                                # () -> [(what, rows, settings)] that train the base model
+    quick: object                                 # (policy, reference) -> a few numbers, every --eval_every steps
+    report: object                                # (policy, reference, seconds): eval.json, pictures, the end of the story
+
+
+def world_source(cfg, paired):
+    """The embedded help desk: a base model, pairs or thumbs from its annotator, a judge that knows the true utility."""
+    tokenizer = data.Tokenizer(world.tokenizer())
+    cfg.max_len = min(cfg.max_len, world.MODEL["context"])
+    cfg.max_prompt_len = min(cfg.max_prompt_len, cfg.max_len // 2)
+
+    def encode(examples, **how):
+        return data.encode(examples, tokenizer, max_len=cfg.max_len, max_prompt_len=cfg.max_prompt_len, **how)
+
+    pairs = world.pairs(world.N_PAIRS, cfg.seed)
+    if paired:
+        units, counts = encode(data.Pair(**p, where=f"world: pair {i}") for i, p in enumerate(pairs))
+    else:
+        rows, counts = encode(data.Feedback(t["prompt"], t["completion"], t["label"]) for t in world.thumbs(pairs, cfg.seed))
+        units = [(r,) for r in rows]
+
+    def stages():
+        for mix, steps in (("pretrain", cfg.pretrain_steps), ("sft", cfg.sft_steps)):
+            text = world.dialogues(max(1, steps) * world.BASE[mix]["batch_size"], cfg.seed + 1, mix)
+            yield mix, encode((data.Feedback(*t, True) for t in text), train_prompt=mix == "pretrain")[0], {**world.BASE[mix], "steps": steps}
+
+    def judge(policy, reference, **how):
+        return evaluate.evaluate_world(policy, reference, tokenizer, seed=cfg.seed, **how)
+
+    feedback = f"{counts['pairs']:,} pairs" if paired else f"{counts['desirable']:,} thumbs up and {counts['undesirable']:,} thumbs down"
+    story = ("task: a help desk learns what its customers like. The true utility of every reply is known, so the result can be checked.\n"
+             "      A base model is pretrained and fine-tuned on replies good and bad: the reference. Then alignment starts from it, with\n"
+             f"      {feedback}. All in all about a minute on 2 cores.")
+    return Source("world", tokenizer, units, counts, "embedded world", story, None, model.GPTConfig(vocab_size=tokenizer.vocab_size, **world.MODEL),
+                  lambda: list(stages()),
+                  lambda policy, reference: {k: v for k, v in judge(policy, reference, part="tune", n=192).items()
+                                             if k in ("win_rate", "reward", "kl", "malformed")},
+                  lambda policy, reference, seconds: evaluate.report_world(judge, policy, reference, tokenizer, cfg, seconds))
+
+
+def file_source(cfg, paired):
+    """The user's own preference files, for a Hugging Face model or for the small GPT."""
+    for name in ("model", "init", "ref"):
+        if folder := getattr(cfg, name):
+            shape = model.read_model_config(folder, name)
+            model.weight_files(folder, name)
+            cfg.max_len = min(cfg.max_len, shape.get("max_position_embeddings") or shape.get("n_positions") or cfg.max_len)
+    tokenizer = data.load_tokenizer(cfg.model or cfg.tokenizer or None)
+
+    def read(files):
+        examples, name = data.read(files, columns=data.parse_columns(cfg.columns), threshold=cfg.threshold)
+        if paired and not isinstance(examples[0], data.Pair):
+            raise SystemExit(f"--data {' '.join(files)}: --loss {cfg.loss} needs pairs (prompt, chosen, rejected); the file has {name}")
+        examples = examples if paired else data.to_feedback(examples)
+        found, counts = data.encode(examples, tokenizer, max_len=cfg.max_len, max_prompt_len=cfg.max_prompt_len, add_eot=cfg.add_eot)
+        if not found:
+            raise SystemExit(f"--data {' '.join(files)}: no rows left ({data.counts_line(counts)})")
+        return examples, found if paired else [(r,) for r in found], counts, name
+
+    examples, units, counts, name = read(cfg.data)
+    held_out, held_out_units = read(cfg.eval_data)[:2] if cfg.eval_data else ([], [])
+
+    def margins(policy, reference, some):
+        device, rows = next(policy.parameters()).device, [(row,) for u in some for row in u]
+        return evaluate.margins(*(score(p, rows, cfg, device)[:, 0] for p in (policy, reference)), [row.desirable for row, in rows])
+
+    def stages():
+        rows = [row for u in units for row in u]
+        good = [row for row in rows if row.desirable] or rows
+        return [("sft", good, dict(steps=cfg.sft_steps, batch_size=cfg.batch_size, lr=1e-3, warmup=20, weight_decay=0.1))]
+
+    def report(policy, reference, seconds):
+        result = {"train": margins(policy, reference, units[:256])} | ({"eval": margins(policy, reference, held_out_units)} if held_out else {})
+        prompts = list(dict.fromkeys(e.prompt for e in held_out or examples))[:6]
+        evaluate.report_files(result, policy, reference, tokenizer, prompts, cfg, seconds)
+
+    return Source("files", tokenizer, units, counts, name, f"task: {' '.join(cfg.data)}",
+                  data.cut_hint(data.to_feedback(examples), cfg.add_eot),
+                  model.GPTConfig(vocab_size=tokenizer.vocab_size, context=cfg.max_len, n_layer=4, n_head=4, d_model=128), stages,
+                  lambda policy, reference: margins(policy, reference, (held_out_units or units)[:512]), report)
+
+
+# --- the small GPT's base model: pretraining and SFT, made once -------------------------------------------------------
+
+def base_model(cfg, group, source):
+    """The folder of a small GPT trained through `source.stages()`; made once, then reused.
+
+    Its name is a hash of all it depends on: code, seed, settings, rows. Rank 0 makes it, alone and with a fixed number of
+    threads, in a folder beside that is renamed when done. A dry run trains nothing: random weights in a temporary folder.
+    """
+    stages, tokenizer = source.stages(), source.tokenizer
+    key = hashlib.sha256(json.dumps([asdict(source.shape), cfg.seed, torch.__version__, [(what, s) for what, _, s in stages]], sort_keys=True).encode())
+    for module in (data, model, world, sys.modules[__name__]):
+        key.update(Path(module.__file__).read_bytes())
+    for _, rows, _ in stages:
+        key.update(b"".join(r.ids.tobytes() + r.mask.tobytes() for r in rows))
+    folder = Path(cfg.out).parent / f"base-{key.hexdigest()[:12]}"
+    torch.manual_seed(cfg.seed)
+    if cfg.dry_run and not folder.exists():
+        group.say("base model: not made yet; random weights stand in for it here")
+        stand_in = tempfile.mkdtemp(prefix="nanokto-dry-run-")
+        atexit.register(shutil.rmtree, stand_in, ignore_errors=True)
+        model.GPT(source.shape).save(stand_in)
+        return stand_in
+    if group.rank == 0:
+        with locked(folder.with_suffix(".lock")):
+            if folder.exists():
+                group.say(f"base model: {folder} (made before; nothing it depends on has changed)")
+            else:
+                policy = model.GPT(source.shape).to(group.device)
+                threads = use_threads(policy, alone=True)
+                for what, rows, s in stages:
+                    stage = Config(**{**asdict(cfg), "micro_batch_size": 0, "dtype": "fp32", "max_grad_norm": 1.0, **s})
+                    fit(policy, rows, stage, Group(device=group.device), f"{what}, step")
+                beside = folder.with_suffix(".tmp")
+                shutil.rmtree(beside, ignore_errors=True)
+                policy.save(beside, eot=tokenizer.eot)
+                tokenizer.save(beside)
+                beside.rename(folder)
+                torch.set_num_threads(threads)
+    group.barrier()
+    return str(folder)
+
+
+def fit(policy, rows, cfg, group, what):
+    """A supervised stage, on one process: the same step as alignment, with the token-mean loss and no reference."""
+    task = Task(cfg, group, token_nll_loss, {})
+    optimizer, prompts, running, loss = make_optimizer(policy, cfg), [r.prompt_key for r in rows], {}, math.nan
+    units = [(r,) for r in rows]
+    with group.bar(cfg.steps, what) as bar:
+        for step in range(cfg.steps):
+            m = train_step(policy, None, optimizer, data.batch_at(prompts, cfg.batch_size, seed=cfg.seed, step=step), units, task, running)
+            loss = m["loss"] if step == 0 else 0.95 * loss + 0.05 * m["loss"]
+            bar.update()
+            bar.set_postfix_str(f"loss {loss:.3f} per token", refresh=False)
+    return loss
+
+
+@contextmanager
+def locked(path):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "w") as f:
+        try:
+            import fcntl
+            fcntl.flock(f, fcntl.LOCK_EX)
+        except ImportError:                                                            # Windows: two runs at once are not guarded
+            pass
+        yield
+
+
+# --- what a run leaves; checkpoints are one file, written beside and renamed, the last two are kept -------------------
+
+def save_checkpoint(folder, policy, optimizer, step, running):
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = {"rng": torch.get_rng_state()}
+    for name, p in policy.named_parameters():
+        tensors["policy." + name] = p.detach()
+        tensors |= {f"{key}.{name}": value for key, value in optimizer.state.get(p, {}).items()}
+    path = folder / f"step-{step:06d}.safetensors"
+    beside = path.with_suffix(".tmp")
+    save_file({k: t.contiguous() for k, t in tensors.items()}, beside, metadata={"state": json.dumps({"step": step, "running": running})})
+    with open(beside, "rb") as f:
+        os.fsync(f.fileno())
+    os.replace(beside, path)
+    for old in sorted(folder.glob("step-*.safetensors"))[:-2]:
+        old.unlink()
+
+
+def load_checkpoint(folder, policy, optimizer):
+    """(next step, running means); policy and optimiser are filled in place."""
+    files = sorted(folder.glob("step-*.safetensors"))
+    if not files:
+        return 0, {}
+    with safe_open(files[-1], "pt") as f:
+        state = json.loads(f.metadata()["state"])
+        names = set(f.keys())
+        for name, p in policy.named_parameters():
+            if "policy." + name not in names:
+                raise SystemExit(f"--resume: {files[-1]} has no tensor for {name}: it belongs to another model")
+            p.data.copy_(f.get_tensor("policy." + name))
+            if "exp_avg." + name in names:
+                optimizer.state[p] = {k: f.get_tensor(f"{k}.{name}").to(p.device) for k in ("step", "exp_avg", "exp_avg_sq")}
+        torch.set_rng_state(f.get_tensor("rng"))
+    return state["step"], state["running"]
+
+
+def resume(out, record, policy, optimizer):
+    old = json.loads((out / "config.json").read_text())
+    fixed = ({f.name for f in fields(Config)} | {"beta", "lambda_d", "lambda_u", "z0"}) - MAY_CHANGE
+    changed = [f"{k} was {old[k]}, is {record[k]}" for k in sorted(fixed) if k in old and k in record and old[k] != record[k]]
+    if changed:
+        raise SystemExit(f"--resume: settings changed since {out} was started: {'; '.join(changed)}")
+    return load_checkpoint(out / "checkpoint", policy, optimizer)
+
+
 RUN_FILES = ("config.json", "metrics.jsonl", "curves.png", "frontier.png", "samples.md", "eval.json", "checkpoint", "model")
 
 
@@ -808,36 +857,6 @@ def prepare_out(out, record, start, cfg):
     (out / "config.json").write_text(json.dumps(record, indent=2) + "\n")
 
 
-def resume(out, record, policy, optimizer):
-    old = json.loads((out / "config.json").read_text())
-    fixed = ({f.name for f in fields(Config)} | {"beta", "lambda_d", "lambda_u", "z0"}) - MAY_CHANGE
-    changed = [f"{k} was {old[k]}, is {record[k]}" for k in sorted(fixed) if k in old and k in record and old[k] != record[k]]
-    if changed:
-        raise SystemExit(f"--resume: settings changed since {out} was started: {'; '.join(changed)}")
-    return load_checkpoint(out / "checkpoint", policy, optimizer)
-
-
-def dry_run(policy, reference, optimizer, rows, prompts, task, apart):
-    """The first step without the update, then what the whole run would cost."""
-    cfg, group, steps = task.cfg, task.group, task.cfg.steps
-    cfg.steps = 1                                                                    # only the reference's first slices
-    batch = data.batch_at(prompts, cfg.batch_size, seed=cfg.seed, step=0)
-    m = train_step(policy, reference, optimizer, batch, rows, task, {}, update=False)
-    group.say(check_first_step(m, predicted_first_loss(batch, rows, task), cfg, apart))
-    clock = time.perf_counter()
-    train_step(policy, reference, optimizer, batch, rows, task, {}, update=False)      # again, now that everything is warm
-    per_step, clock = time.perf_counter() - clock, time.perf_counter()
-    score(policy, [rows[i] for i in batch.rows], cfg, group.device)
-    per_row = (time.perf_counter() - clock) / len(batch.rows) / group.size
-    passes = 0 if reference is None else min(len(rows), steps * cfg.batch_size) + steps * cfg.batch_size * task.needs_partners
-    weights = sum(p.numel() * p.element_size() for p in policy.parameters()) / 2**20
-    rss = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
-    peak = torch.cuda.max_memory_allocated() / 2**20 if group.device.type == "cuda" else rss
-    group.say(f"estimate: {steps} steps x {per_step:.3f} s + {passes:,} reference rows x {1e3 * per_row:.2f} ms = about "
-              f"{(steps * per_step + passes * per_row) / 60:.1f} minutes, base model and evaluation apart\nmemory: weights {weights:.0f} MB, with gradients "
-              f"and AdamW's state {4 * weights:.0f} MB; peak so far {peak:.0f} MB per process\nnothing was written to {cfg.out}")
-
-
 def git_commit():
     try:
         return subprocess.run(["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True, timeout=5).stdout.strip() or None
@@ -845,90 +864,261 @@ def git_commit():
         return None
 
 
-# --- the two sources of rows ------------------------------------------------------------------------------------------
+# --- several processes; everything else reads as if there were one ----------------------------------------------------
 
 @dataclass
-class Source:
-    """Where rows come from, how a base model for them is made, and how a result is judged."""
-    task: str                                     # "world" or "files"
-    tokenizer: object
-    rows: list
-    counts: object
-    format: str
-    story: str
-    hint: object                                  # a line of advice, or None
-    shape: object                                 # GPTConfig of the base model
-    stages: object                                # () -> [(what, rows, settings)] that train the base model
-    quick: object                                 # (policy, reference) -> a few numbers, every --eval_every steps
-    report: object                                # (policy, reference, seconds): eval.json, pictures, the end of the story
+class Group:
+    """The processes of this run. Only fixed-size sums cross between them."""
+    rank: int = 0
+    size: int = 1
+    device: torch.device = torch.device("cpu")
+
+    @classmethod
+    def join(cls, device=""):
+        """The process group torchrun has prepared; a single process where there is none."""
+        rank, size, local = (int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
+        cuda = device.startswith("cuda") if device else torch.cuda.is_available()
+        if cuda:
+            torch.cuda.set_device(local)
+        if size > 1 and not dist.is_initialized():
+            dist.init_process_group("nccl" if cuda else "gloo")
+        return cls(rank, size, torch.device(f"cuda:{local}" if cuda else device or "cpu"))
+
+    def sum(self, tensor):
+        """All-reduced in place: each rank fills in its part, the rest is 0."""
+        if self.size > 1:
+            shared = tensor.to(self.device)
+            dist.all_reduce(shared)
+            tensor.copy_(shared)
+        return tensor
+
+    def barrier(self):
+        if self.size > 1:
+            dist.barrier()
+
+    def say(self, *words):
+        if self.rank == 0:
+            print(*words, flush=True)
+
+    def bar(self, total, what, initial=0):
+        return tqdm(total=total, initial=initial, desc=what, unit="step" if "step" in what else "row", disable=self.rank != 0,
+                    mininterval=0.5 if sys.stderr.isatty() else 20, dynamic_ncols=True)
 
 
-def world_source(cfg):
-    """The embedded help desk: a base model, thumbs up and down, a judge that knows the true utility."""
-    tokenizer = data.Tokenizer(world.tokenizer())
-    cfg.max_len = min(cfg.max_len, world.MODEL["context"])
-    cfg.max_prompt_len = min(cfg.max_prompt_len, cfg.max_len // 2)
+def use_threads(policy, alone=False):
+    """Set torch's threads, explicitly (torchrun sets 1 for several processes only); returns the number before.
 
-    def encode(triples, **how):
-        return data.encode([data.Feedback(*t) for t in triples], tokenizer, max_len=cfg.max_len, max_prompt_len=cfg.max_prompt_len, **how)
-
-    rows, counts = encode((r["prompt"], r["completion"], r["label"]) for r in world.thumbs(world.pairs(world.N_PAIRS, cfg.seed), cfg.seed))
-
-    def stages():
-        for mix, steps in (("pretrain", cfg.pretrain_steps), ("sft", cfg.sft_steps)):
-            text = world.dialogues(max(1, steps) * world.BASE[mix]["batch_size"], cfg.seed + 1, mix)
-            yield mix, encode(((*t, True) for t in text), train_prompt=mix == "pretrain")[0], {**world.BASE[mix], "steps": steps}
-
-    def judge(policy, reference, **how):
-        return evaluate.evaluate_world(policy, reference, tokenizer, seed=cfg.seed, **how)
-
-    story = ("task: a help desk learns what its customers like. The true utility of every reply is known, so the result can be checked.\n"
-             "      A base model is pretrained and fine-tuned on replies good and bad: the reference. Then alignment starts from it, with\n"
-             f"      {counts['desirable']:,} thumbs up and {counts['undesirable']:,} thumbs down. All in all about a minute on 2 cores.")
-    return Source("world", tokenizer, rows, counts, "embedded world", story, None, model.GPTConfig(vocab_size=tokenizer.vocab_size, **world.MODEL),
-                  lambda: list(stages()),
-                  lambda policy, reference: {k: v for k, v in judge(policy, reference, part="tune", n=192).items()
-                                             if k in ("win_rate", "reward", "kl", "malformed")},
-                  lambda policy, reference, seconds: evaluate.report_world(judge, policy, reference, tokenizer, cfg, seconds))
+    The matmuls of a model below a million weights are too small to share: a second thread gained 1.3x on an idle machine and
+    lost 5x to 20x on a busy one, where threads spin for each other. A fixed number for a base model made `alone`, since it may
+    change the last bit of a sum.
+    """
+    before, cores = torch.get_num_threads(), os.cpu_count() or 1
+    share = 2 if alone else max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+    torch.set_num_threads(1 if sum(p.numel() for p in policy.parameters()) < 1e6 else min(share, cores))
+    return before
 
 
-def file_source(cfg):
-    """The user's own preference files, for a Hugging Face model or for the small GPT."""
-    for name in ("model", "init", "ref"):
-        if folder := getattr(cfg, name):
-            shape = model.read_model_config(folder, name)
-            model.weight_files(folder, name)
-            cfg.max_len = min(cfg.max_len, shape.get("max_position_embeddings") or shape.get("n_positions") or cfg.max_len)
-    tokenizer = data.load_tokenizer(cfg.model or cfg.tokenizer or None)
+# --- the command line -------------------------------------------------------------------------------------------------
 
-    def read(files):
-        examples, name = data.read(files, columns=data.parse_columns(cfg.columns), threshold=cfg.threshold)
-        examples = data.to_feedback(examples)
-        rows, counts = data.encode(examples, tokenizer, max_len=cfg.max_len, max_prompt_len=cfg.max_prompt_len, add_eot=cfg.add_eot)
-        if not rows:
-            raise SystemExit(f"--data {' '.join(files)}: no rows left ({data.counts_line(counts)})")
-        return examples, rows, counts, name
+SWITCHES = ("overwrite", "resume", "dry_run")                             # flags that need no value
+MAY_CHANGE = {"resume", "overwrite", "steps", "epochs", "micro_batch_size", "save_every", "eval_every", "log_every", "out", "device"}
 
-    examples, rows, counts, name = read(cfg.data)
-    held_out, held_out_rows = read(cfg.eval_data)[:2] if cfg.eval_data else ([], [])
-    group_device = lambda policy: next(policy.parameters()).device                                              # noqa: E731
 
-    def margins(policy, reference, some):
-        ratios = (score(p, some, cfg, group_device(policy)) for p in (policy, reference))
-        return evaluate.margins(*ratios, [r.desirable for r in some])
+def settings(argv):
+    """Command line -> (Config, hyper-parameters of the loss, origin of each value). SystemExit with one line on bad input.
 
-    def stages():
-        good = [r for r in rows if r.desirable] or rows
-        return [("sft", good, dict(steps=cfg.sft_steps, batch_size=cfg.batch_size, lr=1e-3, warmup=20, weight_decay=0.1))]
+    Precedence: command line, then world.SETTINGS[loss] (embedded world only), then the loss's signature, then Config.
+    """
+    typed, words = {}, list(argv)
+    while words:
+        word = words.pop(0)
+        if word in ("--help", "-h"):
+            typed["help"] = True
+            continue
+        if not word.startswith("--"):
+            raise SystemExit(f"{word!r}: expected --name value or --name=value")
+        name, equals, value = word[2:].partition("=")
+        name = name.replace("-", "_")
+        if not equals:
+            if name in SWITCHES:
+                value = "true"
+            elif not words or (words[0].startswith("--") and not _is_number(words[0])):
+                raise SystemExit(f"--{name}: a value is missing")
+            else:
+                value = words.pop(0)
+        typed[name] = (value,) if name in ("data", "eval_data") else value
+        while name in ("data", "eval_data") and words and not words[0].startswith("--"):
+            typed[name] += (words.pop(0),)
+    loss_name = typed.get("loss", "kto")
+    wants, hyper = signature(find_loss(loss_name))
+    if "kl_logratios" in wants:
+        hyper["z0"] = "estimate"
+    hyper |= RECIPES.get(loss_name, {"flags": {}})["flags"]
+    if typed.pop("help", False):
+        print(help_text(loss_name if "loss" in typed else None, hyper))
+        raise SystemExit(0)
 
-    def report(policy, reference, seconds):
-        result = {"train": margins(policy, reference, rows[:256])} | ({"eval": margins(policy, reference, held_out_rows)} if held_out_rows else {})
-        prompts = list(dict.fromkeys(e.prompt for e in held_out or examples))[:6]
-        evaluate.report_files(result, policy, reference, tokenizer, prompts, cfg, seconds)
+    known = {f.name: f for f in fields(Config)}
+    for name in typed:
+        if name not in known and name not in hyper:
+            other = [n for n, f in LOSSES.items() if name in signature(f)[1] or (name == "z0" and "kl_logratios" in signature(f)[0])]
+            raise SystemExit(f"--{name}: {loss_name} has no such parameter; it has {', '.join(hyper) or 'none of its own'}" if other
+                             else f"--{name}: unknown flag; valid are " + ", ".join("--" + n for n in [*known, *hyper]))
+    embedded = not typed.get("model") and not typed.get("data")
+    like = RECIPES[loss_name]["loss"] if loss_name in RECIPES else loss_name.split("+")[0].split("*")[-1].strip()       # a sum: its first term
+    preset = {}
+    if not embedded and not typed.get("model"):
+        preset = {"lr": 5e-4, "sft_steps": 200}                                # a small GPT from random weights learns fast
+    elif not embedded and is_paired(wants):
+        preset = {"lr": 1e-6}
+    preset = {**world.SETTINGS.get(like, {}), **world.SETTINGS.get(loss_name, {})} if embedded else preset
+    values, origin = {}, {}
+    for name, default in {**{n: f.default for n, f in known.items()}, **hyper}.items():
+        if name in typed:
+            values[name], origin[name] = _typed(name, typed[name], default), "command line"
+        elif name in preset:
+            values[name], origin[name] = preset[name], "embedded world" if embedded else "pairs" if typed.get("model") else "small GPT"
+        else:
+            values[name], origin[name] = default, f"{loss_name}'s signature" if name in hyper else "default"
+    hyper = {name: values.pop(name) for name in hyper}
+    cfg = Config(**values)
+    cfg.out = cfg.out or "out/" + re.sub(r"[^\w.+*-]", "", loss_name).replace("*", "x")
+    _check(cfg, hyper, typed)
+    return cfg, hyper, origin
 
-    return Source("files", tokenizer, rows, counts, name, f"task: {' '.join(cfg.data)}", data.cut_hint(examples, cfg.add_eot),
-                  model.GPTConfig(vocab_size=tokenizer.vocab_size, context=cfg.max_len, n_layer=4, n_head=4, d_model=128), stages,
-                  lambda policy, reference: margins(policy, reference, (held_out_rows or rows)[:512]), report)
+
+def signature(loss):
+    """(measured names, {hyper-parameter: default}) of a loss function: what stands before its * and what after."""
+    ps = inspect.signature(loss).parameters.values()
+    return [p.name for p in ps if p.kind != p.KEYWORD_ONLY], {p.name: p.default for p in ps if p.kind == p.KEYWORD_ONLY}
+
+
+def find_loss(text):
+    if text in LOSSES or text in RECIPES:
+        return LOSSES[RECIPES[text]["loss"] if text in RECIPES else text]
+    if "+" in text or "*" in text:
+        return weighted_sum(text)
+    raise SystemExit(f"--loss {text}: no such loss; valid are {', '.join([*LOSSES, *RECIPES])}, or a sum such as \"dpo + 0.1*sft\"")
+
+
+def weighted_sum(text):
+    """"dpo + 0.1*sft" as one loss function: its measured names are the union, a shared hyper-parameter shares its value.
+
+    A hyper-parameter whose terms disagree on the default shows None, and each term keeps its own until a flag sets all.
+    """
+    available, terms = {**LOSSES, "sft": dpo_variants.sft_loss}, []
+    for part in text.split("+"):
+        weight, star, name = part.rpartition("*")
+        name = name.strip()
+        if name not in available or (star and not _is_number(weight)):
+            raise SystemExit(f"--loss {text}: {part.strip()!r} is not NAME or NUMBER*NAME; names are {', '.join(LOSSES)}")
+        if name in BATCH_COUPLED:
+            raise SystemExit(f"--loss {text}: {name} sorts its batch and cannot be summed")
+        terms.append((float(weight) if star else 1.0, available[name]))
+    wants, hyper = [], {}
+    for _, f in terms:
+        names, defaults = signature(f)
+        wants += [n for n in names if n not in wants]
+        hyper |= {k: v if hyper.get(k, v) == v else None for k, v in defaults.items()}
+    if len({is_paired(signature(f)[0]) for _, f in terms}) > 1:
+        raise SystemExit(f"--loss {text}: an unpaired and a paired loss cannot be summed")
+
+    def loss(**given):
+        total = 0.0
+        for weight, f in terms:
+            names, defaults = signature(f)
+            own = {k: v if given[k] is None else given[k] for k, v in defaults.items()}
+            total = total + weight * f(**{n: given[n] for n in names}, **own)
+        return total
+
+    loss.__doc__ = text + ": " + "; ".join(f"{f.__name__.removesuffix('_loss')} = {inspect.getdoc(f).splitlines()[0]}" for _, f in terms)
+    kind = inspect.Parameter
+    loss.__signature__ = inspect.Signature([kind(n, kind.POSITIONAL_OR_KEYWORD) for n in wants]
+                                           + [kind(k, kind.KEYWORD_ONLY, default=v) for k, v in hyper.items()])
+    return loss
+
+
+def is_paired(wants):
+    return any(w.startswith(("chosen_", "rejected_")) for w in wants)
+
+
+def _is_number(text):
+    try:
+        return math.isfinite(float(text))
+    except ValueError:
+        return False
+
+
+def _typed(name, text, default):
+    """A flag's text as the type of its default."""
+    if name in ("lambda_d", "lambda_u") and text == "auto":
+        return text
+    if name == "z0":
+        if text in ("estimate", "zero") or (_is_number(text) and float(text) >= 0):
+            return float(text) if _is_number(text) else text
+        raise SystemExit(f"--z0 {text}: valid are estimate, zero, or a number >= 0")
+    if isinstance(default, bool):
+        if text not in ("true", "false"):
+            raise SystemExit(f"--{name} {text}: valid are true, false")
+        return text == "true"
+    if isinstance(default, tuple):
+        return text
+    try:
+        value = (float if default is None else type(default))(text)
+    except ValueError:
+        raise SystemExit(f"--{name} {text}: expected {'a whole number' if isinstance(default, int) else 'a number'}") from None
+    if isinstance(value, float) and not math.isfinite(value):
+        raise SystemExit(f"--{name} {text}: expected a finite number")
+    return value
+
+
+def _check(cfg, hyper, typed):
+    """Ranges, and flags that need each other."""
+    at_least = dict(batch_size=1, micro_batch_size=0, steps=0, warmup=0, weight_decay=0, max_grad_norm=0, seed=0, max_len=2,
+                    max_prompt_len=1, pretrain_steps=0, sft_steps=0, eval_every=0, save_every=1, log_every=1)
+    for name, least in at_least.items():
+        if getattr(cfg, name) < least:
+            raise SystemExit(f"--{name} {getattr(cfg, name)}: must be at least {least}")
+    for name, x in (("lr", cfg.lr), ("epochs", cfg.epochs), *((k, hyper[k]) for k in ("beta", "tau") if k in hyper)):
+        if x is not None and x <= 0:
+            raise SystemExit(f"--{name} {x}: must be positive")
+    for name in ("lambda_d", "lambda_u"):
+        if name in hyper and hyper[name] != "auto" and hyper[name] < 0:
+            raise SystemExit(f"--{name} {hyper[name]}: must be >= 0 or auto")
+    if not 1 <= cfg.lambda_ratio <= 1.5:
+        raise SystemExit(f"--lambda_ratio {cfg.lambda_ratio}: KTO's Eq. 9 asks for a ratio in [1, 1.5]")
+    if cfg.dtype not in DTYPES:
+        raise SystemExit(f"--dtype {cfg.dtype}: valid are {', '.join(DTYPES)}")
+    if "steps" in typed and cfg.steps < 1:
+        raise SystemExit(f"--steps {cfg.steps}: must be at least 1")
+    if cfg.model and not cfg.data:
+        raise SystemExit("--model: needs --data FILE, the preferences to align it with")
+    for name in ("eval_data", "threshold", "columns", "tokenizer"):
+        if name in typed and not cfg.data:
+            raise SystemExit(f"--{name}: needs --data FILE; the embedded world brings its own")
+    if "tokenizer" in typed and cfg.model:
+        raise SystemExit("--tokenizer: --model brings its own tokenizer; the flag is for the small GPT")
+    if "auto" not in hyper.values():
+        try:                                                                            # the loss itself knows its parameters' ranges
+            loss = find_loss(cfg.loss)
+            loss(**{n: v for n, v in example_values(1).items() if n in signature(loss)[0]}, **{k: v for k, v in hyper.items() if k in signature(loss)[1]})
+        except ValueError as e:
+            raise SystemExit(f"--loss {cfg.loss}: {e}") from None
+    if cfg.overwrite and cfg.resume:
+        raise SystemExit("--overwrite and --resume: give one of them")
+    if cfg.loss in BATCH_COUPLED and (cfg.micro_batch_size or int(os.environ.get("WORLD_SIZE", 1)) > 1):
+        raise SystemExit(f"--loss {cfg.loss}: sorts its batch, so it needs the global batch in one micro-batch on one process")
+    if hyper.get("z0") == "estimate" and cfg.batch_size == 1:
+        raise SystemExit("--batch_size 1: KTO's z0 is estimated from mismatched pairs, which need 2 rows; raise it or give --z0 zero")
+
+
+def help_text(loss_name, hyper):
+    if loss_name:
+        lines = [f"--loss {loss_name}", "", inspect.getdoc(find_loss(loss_name)) or "", "", "its own flags:"]
+        return "\n".join(lines + [f"  --{n} (default {d})" for n, d in hyper.items()] or ["  none"])
+    lines = ["train.py --name value ...   (--loss NAME --help shows that objective's equation and parameters)", ""]
+    return "\n".join(lines + [f"  --{f.name:<18} {f.metadata['help']}" + ("" if f.default in ("", False, (), None)
+                                                                      else f" [{f.default}]") for f in fields(Config)])
 
 
 if __name__ == "__main__":

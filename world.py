@@ -546,4 +546,9 @@ SETTINGS = {  # defaults per loss; the command line comes before, the loss's own
     "apo_zero_unpaired": dict(lr=5e-4, steps=400, batch_size=32, beta=0.5),
     "bco": dict(lr=5e-4, steps=400, batch_size=32, beta=0.5),
     "sft": dict(lr=1e-3, steps=200, batch_size=32),
+    # pairs: 16 per step, the same number of replies
+    **{name: dict(lr=5e-4, steps=400, batch_size=16, beta=0.5) for name in (
+        "dpo", "cdpo", "rdpo", "dpop", "exo", "bco_pair", "apo_zero", "apo_down", "fdpo", "beta_dpo", "odpo", "hinge", "nca", "discopop", "tdpo1", "tdpo2", "wpo")},
+    **{name: dict(lr=5e-4, steps=400, batch_size=16) for name in (
+        "ipo", "ipo_avg", "ipo_bernoulli", "orpo", "simpo", "cpo", "alphapo", "sigmoid_norm", "sppo", "sppo_hard", "aot", "aot_unpaired")},
 }

@@ -146,12 +146,12 @@ def test_the_cached_reference_is_the_online_one(lab):
     """Looked up per batch over two epochs, against a forward of exactly those rows."""
     cfg, hyper, _ = train.settings([str(w) for w in flags(lab, "unused", steps=8)])
     rows, _ = data.encode(data.read(lab / "rows.jsonl")[0], data.load_tokenizer(), max_len=64)
-    cached, online = train.Reference(rows, cfg, train.Group()), train.frozen_reference(cfg, train.Group())
+    cached, online = train.Reference([(r,) for r in rows], cfg, train.Group()), train.frozen_reference(cfg, train.Group())
     for step in range(8):
         b = data.batch_at([r.prompt_key for r in rows], 8, seed=3, step=step)
         pairs = [data.mismatched(rows[i], rows[j], 64) for i, j in zip(b.rows, b.partners)]
-        for table, some in ((cached.matched(b), [rows[i] for i in b.rows]), (cached.mismatched(b), pairs)):
-            assert torch.allclose(table, train.score(online, some, cfg, torch.device("cpu")), rtol=0, atol=1e-12)
+        for table, some in ((cached.matched(b)[:, 0], [rows[i] for i in b.rows]), (cached.mismatched(b), pairs)):
+            assert torch.allclose(table, train.score(online, [(r,) for r in some], cfg, torch.device("cpu"))[:, 0], rtol=0, atol=1e-12)
 
 
 def test_a_reference_slice_does_not_depend_on_how_many_steps_there_are(lab):
@@ -160,9 +160,9 @@ def test_a_reference_slice_does_not_depend_on_how_many_steps_there_are(lab):
     tables = []
     for steps in (1, 8):
         cfg, _, _ = train.settings([str(w) for w in flags(lab, "unused", "--dtype", "fp32", steps=steps)])
-        reference = train.Reference(rows, cfg, train.Group())
+        reference = train.Reference([(r,) for r in rows], cfg, train.Group())
         b = data.batch_at([r.prompt_key for r in rows], 8, seed=3, step=0)
-        tables.append(torch.stack([reference.matched(b), reference.mismatched(b)]))
+        tables.append(torch.stack([reference.matched(b)[:, 0], reference.mismatched(b)]))
     assert torch.equal(*tables)
 
 
@@ -178,7 +178,7 @@ def test_only_what_the_signature_names_is_measured(lab, tmp_path, monkeypatch, l
     monkeypatch.setattr(train, "frozen_reference", lambda *a: seen.__setitem__("reference", 1) or real_reference(*a))
     monkeypatch.setattr(evaluate, "report_files", lambda *a: None)
     source = train.file_source
-    monkeypatch.setattr(train, "file_source", lambda cfg: (s := source(cfg), setattr(s, "report", lambda *a: None))[0])
+    monkeypatch.setattr(train, "file_source", lambda *a: (s := source(*a), setattr(s, "report", lambda *a: None))[0])
 
     def stop_before_report(*a, **k):                                       # the report loads the reference for its samples
         assert bool(seen["reference"]) == references and bool(seen["mismatched"]) == mismatched

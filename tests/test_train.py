@@ -166,6 +166,187 @@ def test_a_reference_slice_does_not_depend_on_how_many_steps_there_are(lab):
     assert torch.equal(*tables)
 
 
+# --- pairs --------------------------------------------------------------------------------------------------------------
+
+@pytest.fixture(scope="module")
+def pairs(lab):
+    """26 pairs of uneven lengths with scores and win probabilities, for the lab's models."""
+    rng = np.random.default_rng(1)
+    words = "sun moon rain wind leaf stone river cloud bird snow".split()
+    records = [{"prompt": f"say {words[i % 6]}: ", "chosen": " ".join(rng.choice(words[:5], size=1 + i % 4)), "rejected": " ".join(rng.choice(words[5:], size=1 + i % 3)),
+                "score_chosen": 2.0 + i % 5, "score_rejected": 1.0, "win_prob_chosen": 0.8, "win_prob_rejected": 0.3} for i in range(26)]
+    (lab / "pairs.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
+    return lab
+
+
+def pair_flags(lab, out, loss, *more, steps=6):
+    words = flags(lab, out, *more, loss=loss, steps=steps)
+    words[words.index("--data") + 1] = lab / "pairs.jsonl"
+    return words
+
+
+PAIRED = [n for n, f in train.LOSSES.items() if train.is_paired(train.signature(f)[0])]
+
+
+@pytest.mark.parametrize("loss", [*PAIRED, *train.RECIPES, "dpo + 0.1*sft"])
+def test_every_paired_loss_and_recipe_trains(pairs, tmp_path, loss):
+    run(*pair_flags(pairs, tmp_path / "run", loss, steps=3))
+    m = metrics(tmp_path / "run")
+    assert len(m) == 3 and all(math.isfinite(x["loss"]) and x["grad_norm"] > 0 for x in m)
+    assert json.loads((tmp_path / "run" / "eval.json").read_text())["train"]["n"] == 52
+
+
+@pytest.mark.parametrize("loss", ["dpo", "tdpo2", "wpo", "simpo", "beta_dpo", "bco_pair", "ld_dpo", "dpo + 0.1*sft"])
+def test_pairs_give_the_same_step_for_any_micro_batch(pairs, tmp_path, loss):
+    for micro in (0, 1, 3):
+        run(*pair_flags(pairs, tmp_path / str(micro), loss, "--micro_batch_size", micro))
+    for micro in (1, 3):
+        assert largest_difference(weights(tmp_path / "0"), weights(tmp_path / str(micro))) < 1e-10                    # as for kto
+
+
+def test_pairs_on_two_processes_are_pairs_on_one(pairs, tmp_path):
+    """beta-DPO: its running mean and its one beta per batch are over the global batch."""
+    run(*pair_flags(pairs, tmp_path / "one", "beta_dpo"))
+    done = torchrun(2, *pair_flags(pairs, tmp_path / "two", "beta_dpo"))
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert largest_difference(weights(tmp_path / "one"), weights(tmp_path / "two")) < 1e-10
+
+
+def by_hand(pairs, step=0):
+    """chosen and rejected of one batch: (row, policy logits, reference logits) each, one forward per sequence."""
+    rows, _ = data.encode(data.read(pairs / "pairs.jsonl")[0], data.load_tokenizer(), max_len=64)
+    batch = data.batch_at([p[0].prompt_key for p in rows], 8, seed=3, step=step)
+    policy, reference = (model.load_policy(pairs / name, dtype=torch.float64) for name in ("moved", "ref"))
+
+    def look(row):
+        ids = torch.tensor(row.ids.tolist())
+        return row, *(m(ids, torch.arange(len(ids)), [len(ids)]).detach() for m in (policy, reference))
+
+    return [tuple(look(row) for row in rows[i]) for i in batch.rows]
+
+
+def logp(row, logits):
+    ids = torch.tensor(row.ids.tolist())
+    return float(model.token_logps(logits[None], ids[None], torch.tensor(row.mask.tolist())[None].double()).sum())
+
+
+def test_the_first_dpo_and_tdpo_and_wpo_steps_are_the_equations_by_hand(pairs, tmp_path):
+    """Whole vocabularies position by position, no chunks, no flat rows: KL(pi_ref || pi) and WPO's weights from their definitions."""
+    dpo, tdpo2, wpo = [], [], []
+    for pair in by_hand(pairs):
+        ratio = [logp(row, p) - logp(row, q) for row, p, q in pair]
+        kl, weight = [], []
+        for row, p, q in pair:
+            at = range(row.n_prompt - 1, len(row.ids) - 1)
+            logp_all, logq_all = torch.log_softmax(p, -1), torch.log_softmax(q, -1)
+            kl.append(sum(float((logq_all[t].exp() * (logq_all[t] - logp_all[t])).sum()) for t in at))
+            weight.append(math.exp(np.mean([float(logp_all[t, row.ids[t + 1]] - torch.log((logp_all[t].exp() ** 2).sum())) for t in at])))
+        h = ratio[0] - ratio[1]
+        dpo.append(math.log1p(math.exp(-0.1 * h)))
+        tdpo2.append(math.log1p(math.exp(-0.1 * (h - 0.5 * (kl[1] - kl[0])))))
+        wpo.append(min(weight[0] * weight[1], 1.0) * math.log1p(math.exp(-0.01 * h)))
+        assert min(kl) > 0.01, "the policy moved: a KL of 0 would prove nothing"
+    for loss, values in (("dpo", dpo), ("tdpo2", tdpo2), ("wpo", wpo)):
+        run(*pair_flags(pairs, tmp_path / loss, loss, steps=1))
+        assert metrics(tmp_path / loss)[0]["loss"] == pytest.approx(np.mean(values), abs=1e-12)
+
+
+def test_whole_vocabulary_quantities_do_not_depend_on_chunks(pairs, tmp_path, monkeypatch):
+    """TDPO with gradient through its KL, chunks of 7 positions recomputed in backward, against one chunk."""
+    run(*pair_flags(pairs, tmp_path / "one", "tdpo1"))
+    monkeypatch.setitem(model.head_log_probs.__kwdefaults__, "chunk_elements", 7 * 257)
+    run(*pair_flags(pairs, tmp_path / "chunks", "tdpo1"))
+    assert largest_difference(weights(tmp_path / "one"), weights(tmp_path / "chunks")) < 1e-10
+
+
+def test_ld_dpo_weighs_the_longer_tail_and_with_alpha_1_is_dpo(pairs, tmp_path):
+    chosen, rejected = data.make_row([1, 2], [3, 4, 5, 6]), data.make_row([1, 2], [7, 8])
+    a, b = data.length_desensitised((chosen, rejected), 0.25)
+    assert a.mask.tolist() == [0, 0, 1, 1, 0.25, 0.25] and b.mask.tolist() == [0, 0, 1, 1] and chosen.mask.tolist() == [0, 0, 1, 1, 1, 1]
+    run(*pair_flags(pairs, tmp_path / "dpo", "dpo"))
+    run(*pair_flags(pairs, tmp_path / "ld", "ld_dpo", "--ld_alpha", 1))
+    assert largest_difference(weights(tmp_path / "dpo"), weights(tmp_path / "ld")) == 0
+
+
+def test_a_sum_is_the_sum_and_a_flag_sets_all_terms_that_have_it(pairs, tmp_path):
+    run(*pair_flags(pairs, tmp_path / "sum", "dpo + 0.25*simpo", "--beta", 0.3, steps=1))
+    for name in ("dpo", "simpo"):
+        run(*pair_flags(pairs, tmp_path / name, name, "--beta", 0.3, steps=1))
+    total, dpo, simpo = (metrics(tmp_path / n)[0]["loss"] for n in ("sum", "dpo", "simpo"))
+    assert total == pytest.approx(dpo + 0.25 * simpo, abs=1e-12)
+    run(*pair_flags(pairs, tmp_path / "own", "dpo + 0.25*simpo", steps=1))                  # else each keeps its own: 0.1 and 2.0
+    run(*pair_flags(pairs, tmp_path / "dpo1", "dpo", steps=1)), run(*pair_flags(pairs, tmp_path / "simpo2", "simpo", steps=1))
+    own, dpo, simpo = (metrics(tmp_path / n)[0]["loss"] for n in ("own", "dpo1", "simpo2"))
+    assert own == pytest.approx(dpo + 0.25 * simpo, abs=1e-12)
+
+
+@pytest.mark.parametrize("loss, loads", [("simpo", False), ("orpo", False), ("cpo", False), ("wpo", True), ("tdpo1", True), ("dpo_reference_free", False)])
+def test_a_paired_loss_without_a_reference_in_its_signature_never_loads_one(pairs, tmp_path, monkeypatch, loss, loads):
+    seen, real = [], train.frozen_reference
+    monkeypatch.setattr(train, "frozen_reference", lambda *a: seen.append(1) or real(*a))
+
+    def before_the_report(*a, **k):
+        assert bool(seen) == loads
+        raise InterruptedError
+
+    monkeypatch.setattr(model.GPT, "save", before_the_report)
+    with pytest.raises(InterruptedError):
+        run(*pair_flags(pairs, tmp_path / "run", loss, steps=2))
+
+
+def test_beta_dpo_resumes_with_its_running_mean(pairs, tmp_path, monkeypatch):
+    run(*pair_flags(pairs, tmp_path / "whole", "beta_dpo", "--save_every", 2, steps=6))
+    real = train.train_step
+    with monkeypatch.context() as m:
+        m.setattr(train, "train_step", lambda p, r, o, b, *a, **k: real(p, r, o, b, *a, **k) if b.step < 3 else 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            run(*pair_flags(pairs, tmp_path / "parts", "beta_dpo", "--save_every", 2, steps=6))
+    run(*pair_flags(pairs, tmp_path / "parts", "beta_dpo", "--save_every", 2, "--resume", steps=6))
+    assert (tmp_path / "whole/model/model.safetensors").read_bytes() == (tmp_path / "parts/model/model.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize("loss, change, message", [
+    ("odpo", {"score_chosen": None}, r"pairs.jsonl: line 1: --loss odpo needs the columns score_chosen, score_rejected"),
+    ("odpo", {"score_chosen": 1.0}, r"line 1: --loss odpo needs score_chosen > score_rejected, got 1 and 1"),
+    ("sppo", {"win_prob_rejected": None}, r"line 1: --loss sppo needs the columns win_prob_chosen, win_prob_rejected"),
+    ("dpo", {"rejected": None}, r"line 1: rejected|line 1: expected a text")])
+def test_a_missing_or_senseless_column_is_one_line_naming_the_row(pairs, tmp_path, loss, change, message):
+    records = [json.loads(line) for line in open(pairs / "pairs.jsonl")]
+    records[0] |= change
+    (tmp_path / "pairs.jsonl").write_text("\n".join(map(json.dumps, records)))
+    words = pair_flags(pairs, tmp_path / "run", loss)
+    words[words.index("--data") + 1] = tmp_path / "pairs.jsonl"
+    with pytest.raises(SystemExit) as e:
+        run(*words)
+    assert re.search(message, e.value.code) and "\n" not in e.value.code and not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("words, message", [
+    (["--loss", "dpo", "--data", "ROWS"], r"--loss dpo needs pairs \(prompt, chosen, rejected\); the file has prompt, completion, label"),
+    (["--loss", "aot", "--micro_batch_size", "2"], r"--loss aot: sorts its batch"),
+    (["--loss", "rdpo", "--label_smoothing", "0.5"], r"--loss rdpo: label_smoothing"),
+    (["--loss", "dpo + 0.1*nope"], r"--loss dpo \+ 0.1\*nope: '0.1\*nope' is not NAME or NUMBER\*NAME; names are .*dpo"),
+    (["--loss", "dpo + kto"], r"an unpaired and a paired loss cannot be summed"),
+    (["--loss", "dpo + aot"], r"aot sorts its batch and cannot be summed"),
+    (["--loss", "dpo", "--gamma", "1"], r"--gamma: dpo has no such parameter; it has beta"),
+    (["--loss", "ipo", "--tau", "0"], r"--tau 0.0: must be positive")])
+def test_bad_input_for_pairs_ends_in_one_line(pairs, tmp_path, monkeypatch, words, message):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as e:
+        train.main([str(pairs / "rows.jsonl") if w == "ROWS" else w for w in words])
+    assert re.search(message, e.value.code) and "\n" not in e.value.code and not list(tmp_path.iterdir())
+
+
+def test_equal_sides_are_dropped_and_counted(pairs, tmp_path, capsys):
+    records = [json.loads(line) for line in open(pairs / "pairs.jsonl")]
+    records[3]["rejected"] = records[3]["chosen"]
+    (tmp_path / "pairs.jsonl").write_text("\n".join(map(json.dumps, records)))
+    words = pair_flags(pairs, tmp_path / "run", "dpo", steps=1)
+    words[words.index("--data") + 1] = tmp_path / "pairs.jsonl"
+    run(*words)
+    assert "read 26 | pairs 25 | dropped: chosen is rejected 1" in capsys.readouterr().out
+
+
 # --- what is measured, and what is not ------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("loss, extra, references, mismatched", [

@@ -38,7 +38,7 @@ def kto_loss(logratios, desirable, kl_logratios, *, beta=0.1, lambda_d=1.0, lamb
     Its gradient in closed form, z0 being a constant, u the argument of sigma in v and m the batch size:
         grad L = 1/m sum d(y) lambda_y sigma(u) (1 - sigma(u)) beta grad log pi(y|x),  d = -1 desirable, +1 undesirable
     so a response moves most where r is near z0, and hardly any longer once it is clearly good or hopelessly bad. (DPO's
-    gradient stays large for a pair that is badly wrong, which is why label noise hurts it more.)
+    gradient does not fade for a pair that is badly wrong.)
     At pi = pi_ref every r is 0, z0 = 0 and the loss is lambda_y / 2.
     Source: Eq. 8. Equal to TRL's and the authors' code but for z0, which they estimate per micro-batch.
     """

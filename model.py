@@ -166,7 +166,7 @@ class GPT(nn.Module):
         """Sample a response to each prompt.   list of token lists -> list of token lists (with the end-of-text, if it came)
 
         temperature 0 is greedy. A key-value cache, all rows at once; a row that has ended leaves the batch. The random
-        number of row i's t-th token depends on (seed, i, t) alone, so batching and other rows do not change a sample.
+        number of row i's t-th token depends on (seed, i, t) alone (seed: a number or a list of them), so batching and other rows do not change a sample.
         `room`: tokens at most in prompt and response together (default: the model's context). ValueError where a prompt is
         empty or leaves no room for a response.
         """
@@ -180,7 +180,7 @@ class GPT(nn.Module):
         out = [[] for _ in prompts]
         if max_new_tokens < 1:
             return out
-        noise = np.stack([np.random.default_rng([seed, first + i]).random(max_new_tokens) for i in range(len(prompts))])
+        noise = np.stack([np.random.default_rng([*np.atleast_1d(seed), first + i]).random(max_new_tokens) for i in range(len(prompts))])
         noise = torch.from_numpy(noise).to(device)                                                       # (rows, new)
         lengths = check_prompts(prompts, room)
         cache = _Cache(self.config, lengths, min(max(lengths) + max_new_tokens, room), self.wte.weight)
@@ -368,7 +368,7 @@ class HFPolicy(nn.Module):
         check_prompts(prompts, room)
         how = dict(do_sample=True, temperature=temperature, top_p=top_p, top_k=0) if temperature else dict(do_sample=False)
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-            torch.manual_seed(seed)
+            torch.manual_seed(int(np.random.default_rng(seed).integers(2**31)))
             for i in range(0, len(prompts), rows):
                 part = prompts[i:i + rows]
                 width = max(map(len, part))

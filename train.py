@@ -120,7 +120,8 @@ class Task:
     group: Group
     loss: object
     hyper: dict
-    z0: object = None
+    z0: object = None                             # estimate, zero, on_policy or a number; None: the loss has none
+    eot: int = 0
 
     def __post_init__(self):
         self.wants = signature(self.loss)[0]
@@ -297,17 +298,28 @@ def mismatched_units(units, batch, cfg):
     return [(data.mismatched(units[i][0], units[j][0], cfg.max_len),) for i, j in zip(batch.rows, batch.partners)]
 
 
+def on_policy_units(policy, rows, task, seed):
+    """The policy's own response to each row's prompt, at temperature 1. Every rank samples all of them: the same ones."""
+    prompts = [row.ids[:row.n_prompt].tolist() for row in rows]
+    with precision(task.cfg, task.group.device):
+        responses = policy.generate(prompts, eot=task.eot, max_new_tokens=task.cfg.max_len, room=task.cfg.max_len, seed=seed)
+    return [(data.make_row(p, r),) for p, r in zip(prompts, responses)]
+
+
 def measure_shared(policy, reference, batch, units, task, running):
     """What must be known of the WHOLE global batch before the first backward, by name; no gradient, equal on every rank."""
     cfg, group, wants, shared = task.cfg, task.group, set(task.wants), {}
 
-    def over_ranks(some):
+    def over_ranks(some, scorer=policy):
         """log pi of all these units, each rank scoring its share.   (B, S)"""
         table = torch.zeros(len(some), len(some[0]), dtype=torch.float64)
-        table[group.rank::group.size] = score(policy, some[group.rank::group.size], cfg, group.device)
+        table[group.rank::group.size] = score(scorer, some[group.rank::group.size], cfg, group.device)
         return group.sum(table)
 
-    if "kl_logratios" in wants and task.z0 != "estimate":
+    if "kl_logratios" in wants and task.z0 == "on_policy":                # E_{y ~ pi} log pi / pi_ref, one sample per prompt: unbiased
+        own = on_policy_units(policy, [units[i][0] for i in batch.rows], task, seed=[cfg.seed, batch.step])
+        shared["kl_logratios"] = (over_ranks(own) - over_ranks(own, reference.live))[:, 0]
+    elif "kl_logratios" in wants and task.z0 != "estimate":
         shared["kl_logratios"] = torch.tensor([] if task.z0 == "zero" else [task.z0], dtype=torch.float64)
     elif {"kl_logratios", "entropy"} & wants:
         kl_logps = over_ranks(mismatched_units(units, batch, cfg))[:, 0]
@@ -395,7 +407,7 @@ def diagnostics(logps, ref_logps, batch, units, task, shared):
         right = ratios[:, 0] > ratios[:, 1] if ratios.shape[1] > 1 else torch.where(up, ratios > z0, ratios < z0)
         out |= {"rewards/chosen": good, "rewards/rejected": bad, "rewards/margins": None if None in (good, bad) else good - bad,
                 "rewards/accuracies": float(right.double().mean()),
-                "logratios/max": float(max(ratios.abs().max(), kl.abs().max() if task.z0 == "estimate" else 0))}
+                "logratios/max": float(max(ratios.abs().max(), kl.abs().max() if task.z0 in ("estimate", "on_policy") else 0))}
     return out
 
 
@@ -483,7 +495,7 @@ def run(argv):
     n_d, n_u = (sum(row.desirable is side for u in units for row in u) for side in (True, False))
     balance = set_lambdas(hyper, n_d, n_u, cfg.lambda_ratio)
     own, hyper = hyper, {k: v for k, v in hyper.items() if k in signature(loss)[1]}
-    task = Task(cfg, group, loss, hyper, z0)
+    task = Task(cfg, group, loss, hyper, z0, source.tokenizer.eot)
     prompts = [u[0].prompt_key for u in units]
     if task.needs_partners and len(set(prompts)) < 2:
         raise SystemExit(f"--data {' '.join(cfg.data)}: all rows have one prompt, as the model sees it (--max_prompt_len {cfg.max_prompt_len}); "
@@ -1054,9 +1066,9 @@ def _typed(name, text, default):
     if name in ("lambda_d", "lambda_u") and text == "auto":
         return text
     if name == "z0":
-        if text in ("estimate", "zero") or (_is_number(text) and float(text) >= 0):
+        if text in ("estimate", "zero", "on_policy") or (_is_number(text) and float(text) >= 0):
             return float(text) if _is_number(text) else text
-        raise SystemExit(f"--z0 {text}: valid are estimate, zero, or a number >= 0")
+        raise SystemExit(f"--z0 {text}: valid are estimate, zero, on_policy, or a number >= 0")
     if isinstance(default, bool):
         if text not in ("true", "false"):
             raise SystemExit(f"--{name} {text}: valid are true, false")

@@ -142,6 +142,21 @@ def test_z0_is_the_mismatched_mean_and_not_the_matched_one(lab, whole):
     assert metrics(whole)[0]["loss"] == pytest.approx(by_hand, abs=1e-12)
 
 
+def test_an_on_policy_z0_is_the_kl_and_the_same_for_any_split(lab, tmp_path):
+    """Its mean over many batches is KL(pi || pi_ref), measured apart on other samples; and a rank does not sample for itself."""
+    run(*flags(lab, tmp_path / "whole", "--z0", "on_policy", "--lr", "1e-12", steps=40))
+    z0 = np.array([m["z0_raw"] for m in metrics(tmp_path / "whole")])
+    policy, reference = (model.load_policy(lab / name, dtype=torch.float64) for name in ("moved", "ref"))
+    rows, _ = data.encode(data.read(lab / "rows.jsonl")[0], data.load_tokenizer(), max_len=64)
+    prompts = [r.ids[:r.n_prompt].tolist() for r in rows] * 10
+    sampled = [data.make_row(p, r) for p, r in zip(prompts, policy.generate(prompts, eot=256, max_new_tokens=64, seed=9))]
+    kl = evaluate.sampled_kl(policy, reference, sampled)
+    assert abs(z0.mean() - kl.mean()) < 4 * math.hypot(z0.std() / 40 ** 0.5, kl.std() / len(kl) ** 0.5) and kl.mean() > 0.5     # 4 standard errors
+    run(*flags(lab, tmp_path / "a", "--z0", "on_policy", "--micro_batch_size", 3, steps=4))
+    done = torchrun(2, *flags(lab, tmp_path / "b", "--z0", "on_policy", steps=4))
+    assert done.returncode == 0 and largest_difference(weights(tmp_path / "a"), weights(tmp_path / "b")) < 1e-10, done.stderr[-2000:]
+
+
 def test_the_cached_reference_is_the_online_one(lab):
     """Looked up per batch over two epochs, against a forward of exactly those rows."""
     cfg, hyper, _ = train.settings([str(w) for w in flags(lab, "unused", steps=8)])
@@ -538,7 +553,7 @@ BAD = {
     "not finite": (["--beta", "nan"], r"--beta nan: expected a finite number"),
     "out of range": (["--beta", "0"], r"--beta 0.0: must be positive"),
     "negative lambda": (["--lambda_u", "-1"], r"--lambda_u -1.0: must be >= 0 or auto"),
-    "negative z0": (["--z0", "-3"], r"--z0 -3: valid are estimate, zero, or a number >= 0"),
+    "negative z0": (["--z0", "-3"], r"--z0 -3: valid are estimate, zero, on_policy, or a number >= 0"),
     "dtype": (["--dtype", "int8"], r"--dtype int8: valid are fp32, bf16, fp64"),
     "ratio": (["--lambda_ratio", "2"], r"--lambda_ratio 2.0: .*\[1, 1.5\]"),
     "missing file": (["--data", "/nowhere/rows.jsonl"], r"--data /nowhere/rows.jsonl: no such file"),

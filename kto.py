@@ -35,6 +35,8 @@ import torch.nn.functional as F
 def kto_loss(logratios, desirable, kl_logratios, *, beta=0.1, lambda_d=1.0, lambda_u=1.0):
     """lambda_y - v(x, y), with v = lambda_d sigma(beta (r - z0)) or lambda_u sigma(beta (z0 - r)).   (B,)
 
+    Paper: Ethayarajh et al. 2024, KTO: Model Alignment as Prospect Theoretic Optimization, arXiv 2402.01306
+    Idea: one thumb per response; its value saturates on both sides of a reference point, as Kahneman and Tversky's does.
     Its gradient in closed form, z0 being a constant, u the argument of sigma in v and m the batch size:
         grad L = 1/m sum d(y) lambda_y sigma(u) (1 - sigma(u)) beta grad log pi(y|x),  d = -1 desirable, +1 undesirable
     so a response moves most where r is near z0, and hardly any longer once it is clearly good or hopelessly bad. (DPO's
@@ -85,6 +87,8 @@ def class_weight(desirable, like, lambda_d, lambda_u):
 def kto_uniform_loss(logps, desirable, entropy, *, beta=0.1, lambda_d=1.0, lambda_u=1.0):
     """KTO against a uniform reference, so no reference model in memory: r - z0 = log pi(y|x) + H(pi(.|x)).   (B,)
 
+    Paper: Ethayarajh et al. 2024, KTO: Model Alignment as Prospect Theoretic Optimization, arXiv 2402.01306 (its memory-saving form)
+    Idea: KTO without a reference model: compare log pi(y|x) with what the policy says on average.
     Let pi_ref give each of N possible responses 1/N. Then
         r  = log pi(y|x) - log(1/N)  = log pi(y|x) + log N
         z0 = KL(pi || uniform)       = sum_y pi log pi + log N = log N - H(pi),     H = -sum_y pi log pi >= 0
@@ -103,8 +107,8 @@ def kto_uniform_loss(logps, desirable, entropy, *, beta=0.1, lambda_d=1.0, lambd
 def apo_zero_unpaired_loss(logratios, desirable, *, beta=0.1):
     """1 - sigma(beta r) where desirable, sigma(beta r) where not: KTO with z0 = 0 and lambda = 1.   (B,)
 
-    D'Oosterlinck et al. 2024, "Anchored Preference Optimization", arXiv 2408.06266, Eq. 7, its two halves by label. The anchor is
-    the reference itself: desirable responses must become likelier than they were, undesirable ones less likely.
+    Paper: D'Oosterlinck et al. 2024, Anchored Preference Optimization, arXiv 2408.06266 (Eq. 7, its two halves by label)
+    Idea: the anchor is the reference itself: desirable responses become likelier than they were, undesirable ones less likely.
     """
     return 1 - value(logratios, desirable, logratios.new_zeros(()), beta=beta, lambda_d=1.0, lambda_u=1.0)
 
@@ -112,7 +116,9 @@ def apo_zero_unpaired_loss(logratios, desirable, *, beta=0.1):
 def bco_loss(logratios, desirable, reward_shift, *, beta=0.1):
     """-log sigma(+-(beta r - delta)), + where desirable: a binary classifier with the policy as its logit.   (B,)
 
-    Jung et al. 2024, "Binary Classifier Optimization", arXiv 2404.04656. delta = `reward_shift` (), no gradient: the mean of beta r over
+    Paper: Jung et al. 2024, Binary Classifier Optimization for Large Language Model Alignment, arXiv 2404.04656
+    Idea: tell good from bad with beta r as the logit, around the mean reward seen so far.
+    delta = `reward_shift` (), no gradient: the mean of beta r over
     all samples seen so far, the current global batch included, which lets the classifier split between the classes rather
     than at 0. Departure: the paper averages the two class means, TRL (and we) pool the samples.
     Where KTO saturates (sigma), this keeps pushing (log sigma): a badly wrong example has the full slope beta.

@@ -1050,6 +1050,19 @@ def weighted_sum(text):
     return loss
 
 
+def methods_table():
+    """The README's table of objectives, from signatures and docstrings: `python -c "import train; print(train.methods_table())"`."""
+    lines = ["| `--loss` | paper | reference | data | idea |", "|---|---|---|---|---|"]
+    extra = {"score_gap": "scores", "chosen_win_prob": "win probabilities", "target_logps": "a third response"}
+    for name, f in {**kto.LOSSES, **dpo_variants.LOSSES}.items():
+        wants = signature(f)[0]
+        said = dict(line.strip().split(": ", 1) for line in inspect.getdoc(f).splitlines() if line.startswith(("Paper: ", "Idea: ")))
+        more = [words for n, words in extra.items() if n in wants]
+        lines.append(f"| `{name}`{'' if name in LOSSES else ' (not in train.py yet)'} | {said['Paper']} | {'yes' if REFERENCE & set(wants) else 'no'} | "
+                     f"{' + '.join(['pairs' if is_paired(wants) else 'labels', *more])} | {said['Idea']} |")
+    return "\n".join(lines)
+
+
 def is_paired(wants):
     return any(w.startswith(("chosen_", "rejected_")) for w in wants)
 

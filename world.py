@@ -548,7 +548,11 @@ SETTINGS = {  # defaults per loss; the command line comes before, the loss's own
     "sft": dict(lr=1e-3, steps=200, batch_size=32),
     # pairs: 16 per step, the same number of replies
     **{name: dict(lr=5e-4, steps=400, batch_size=16, beta=0.5) for name in (
-        "dpo", "cdpo", "rdpo", "dpop", "exo", "bco_pair", "apo_zero", "apo_down", "fdpo", "beta_dpo", "odpo", "hinge", "nca", "discopop", "tdpo1", "tdpo2", "wpo")},
-    **{name: dict(lr=5e-4, steps=400, batch_size=16) for name in (
-        "ipo", "ipo_avg", "ipo_bernoulli", "orpo", "simpo", "cpo", "alphapo", "sigmoid_norm", "sppo", "sppo_hard", "aot", "aot_unpaired")},
+        "dpo", "cdpo", "rdpo", "exo", "bco_pair", "apo_zero", "apo_down", "fdpo", "beta_dpo", "odpo", "hinge", "nca", "discopop", "tdpo1", "tdpo2", "wpo")},
+    **{name: dict(lr=5e-4, steps=400, batch_size=16, **own) for name, own in {
+        "ipo": dict(tau=0.1), "ipo_bernoulli": dict(tau=0.1), "ipo_avg": dict(tau=2.0),             # 1 / (2 tau) nats: per reply, per token
+        "orpo": dict(lam=1.0), "simpo": dict(beta=10.0, gamma=1.0), "alphapo": dict(beta=10.0, gamma=1.0), "cpo": dict(beta=0.1),
+        "sigmoid_norm": dict(beta=10.0), "sppo": dict(beta=0.2), "sppo_hard": dict(beta=0.2), "aot": dict(beta=0.5),
+        "aot_unpaired": dict(beta=0.5), "dpop": dict(beta=0.5, lam=5.0)}.items()},
+},
 }

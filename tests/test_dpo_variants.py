@@ -70,7 +70,8 @@ ORACLES = {
     "sft": lambda lw, nw: -lw / nw,
     "dpo": lambda c, r, beta: L(beta * (c - r)),
     "cdpo": lambda c, r, beta, label_smoothing: (1 - label_smoothing) * L(beta * (c - r)) + label_smoothing * L(beta * (r - c)),
-    "rdpo": lambda c, r, beta, label_smoothing: ((1 - mp.mpf(label_smoothing)) * L(beta * (c - r)) - label_smoothing * L(beta * (r - c))) / (1 - 2 * mp.mpf(label_smoothing)),
+    "rdpo": lambda c, r, beta, label_smoothing: ((1 - mp.mpf(label_smoothing)) * L(beta * (c - r)) - label_smoothing * L(beta * (r - c)))
+        / (1 - 2 * mp.mpf(label_smoothing)),
     "ipo": lambda c, r, tau: (c - r - 1 / (2 * mp.mpf(tau))) ** 2,
     "ipo_avg": lambda c, r, nw, nl, tau: (c / nw - r / nl - 1 / (2 * mp.mpf(tau))) ** 2,
     "ipo_bernoulli": lambda c, r, first_won, tau: (c - r - (1 if first_won else 0) / mp.mpf(tau)) ** 2,
@@ -201,7 +202,7 @@ def test_aot_is_its_equation_on_sorted_rows_in_value_and_gradient(e):
 # --- shape, type, order, no NaN ---------------------------------------------------------------------------------------
 
 def small(name, pairs):
-    """A table of moderate numbers; aot's references are the responses of the next row."""
+    """A table of moderate numbers; for aot the reference holds each response for the other one."""
     if name == "aot":
         chosen, rejected = ([-abs(x) - 1 for x in side] for side in zip(*pairs))
         return {"chosen_logps": chosen, "rejected_logps": rejected, "ref_chosen_logps": rejected, "ref_rejected_logps": chosen}
@@ -627,8 +628,9 @@ def test_a_setting_without_meaning_is_one_line_that_names_it(name, hyper):
 
 
 def test_zero_switches_a_term_off_and_is_no_error():
-    for name, hyper in [("dpop", "lam"), ("slic", "lam"), ("slic", "delta"), ("cpo", "nll_weight"), ("orpo", "lam"), ("beta_dpo", "a"), ("odpo", "alpha"),
-                        ("tdpo2", "alpha"), ("alphapo", "alpha"), ("alphapo", "gamma"), ("simpo", "gamma"), ("cdpo", "label_smoothing"), ("aot", "label_smoothing")]:
+    for pair in ("dpop lam", "slic lam", "slic delta", "cpo nll_weight", "orpo lam", "beta_dpo a", "odpo alpha", "tdpo2 alpha", "alphapo alpha",
+                 "alphapo gamma", "simpo gamma", "cdpo label_smoothing", "rdpo label_smoothing", "aot label_smoothing"):
+        name, hyper = pair.split()
         assert LOSSES[name](*tensors(small(name, PAIRS)).values(), **{hyper: 0.0}).isfinite().all()
 
 
@@ -721,8 +723,8 @@ def test_rdpo_on_flipped_labels_is_the_clean_dpo_loss_with_the_clean_optimum_and
     flipped = pairs_of(mu, (1 - e) * p + e * p.T)
     curve = lambda c, r: V.rdpo(c, r, beta=0.5, label_smoothing=e)
     anywhere = torch.randn(6, dtype=f64, generator=torch.Generator().manual_seed(7)).log_softmax(0)
-    torch.testing.assert_close(population(curve, ref, flipped, anywhere), population(lambda c, r: V.dpo(c, r, beta=0.5), ref, pairs_of(mu, p), anywhere),
-                               rtol=1e-14, atol=0)
+    clean_loss = population(lambda c, r: V.dpo(c, r, beta=0.5), ref, pairs_of(mu, p), anywhere)
+    torch.testing.assert_close(population(curve, ref, flipped, anywhere), clean_loss, rtol=1e-14, atol=0)
     clean = (ref + u / 0.5).log_softmax(0)
     torch.testing.assert_close(optimum(curve, ref, flipped), clean, **CLOSE)
     spread = lambda logps: (logps - ref).max() - (logps - ref).min()
@@ -865,8 +867,8 @@ def test_trl_before_0_29_agrees_in_value_and_gradient(loss_type):
         pytest.skip("this trl has no DPOTrainer.dpo_loss (gone since 0.29)")
     from trl.trainer.dpo_config import FDivergenceType
     running = SimpleNamespace(update=lambda rewards: None, mean=torch.tensor(0.3))
-    trainer = SimpleNamespace(accelerator=SimpleNamespace(device="cpu"), reference_free=False, f_divergence_type=FDivergenceType.REVERSE_KL, f_divergence_params=None,
-                              beta=0.1, label_smoothing=0.2, running=running, args=SimpleNamespace(discopop_tau=0.3), loss_type=loss_type)
+    trainer = SimpleNamespace(accelerator=SimpleNamespace(device="cpu"), reference_free=False, f_divergence_params=None,
+                              f_divergence_type=FDivergenceType.REVERSE_KL, beta=0.1, label_smoothing=0.2, running=running, args=SimpleNamespace(discopop_tau=0.3), loss_type=loss_type)
     c, r = (x[(C.abs() < 50) & (R.abs() < 50)].detach().requires_grad_() for x in (C, R))
     reference = torch.zeros_like(c).detach()
     same(theirs(trainer, c, r, reference, reference, loss_type)[0], OURS[loss_type](c, r), c, r, rtol=1e-12, atol=1e-15)        # slopes that cancel

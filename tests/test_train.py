@@ -726,7 +726,12 @@ def test_the_small_gpt_trains_on_scored_reviews_over_gpt2s_vocabulary(tmp_path, 
     assert json.loads((tmp_path / "run" / "eval.json").read_text())["train"]["margin"] > 0.2, "the margin of the trained rows rises"
 
 
-# --- the README's main command ------------------------------------------------------------------------------------------------
+# --- the README ------------------------------------------------------------------------------------------------
+
+def test_the_readmes_table_of_methods_is_the_one_the_docstrings_give():
+    """Stale? python -c "import train; print(train.methods_table())" prints the one to paste."""
+    assert train.methods_table() in (ROOT / "README.md").read_text()
+
 
 def main_command():
     """The torchrun command of the README's first code block, as written there."""

@@ -554,5 +554,4 @@ SETTINGS = {  # defaults per loss; the command line comes before, the loss's own
         "orpo": dict(lam=1.0), "simpo": dict(beta=10.0, gamma=1.0), "alphapo": dict(beta=10.0, gamma=1.0), "cpo": dict(beta=0.1),
         "sigmoid_norm": dict(beta=10.0), "sppo": dict(beta=0.2), "sppo_hard": dict(beta=0.2), "aot": dict(beta=0.5),
         "aot_unpaired": dict(beta=0.5), "dpop": dict(beta=0.5, lam=5.0)}.items()},
-},
 }

@@ -56,6 +56,7 @@ class Pair:
     score_rejected: float | None = None
     win_prob_chosen: float | None = None
     win_prob_rejected: float | None = None
+    target: str | None = None                     # a third response, SLiC's y_ref
     whole: bool = True
     where: str = ""
 
@@ -147,7 +148,8 @@ def parse(record, where="", *, columns=None, threshold=None):
         else:
             prompt = _prompt(record["conversations" if name.startswith("paired") else "prompt"], where)
             chosen, rejected = record["chosen"], record["rejected"]
-        return name, Pair(prompt, _answer(chosen, "chosen", where), _answer(rejected, "rejected", where), whole=whole, where=where, **numbers)
+        return name, Pair(prompt, _answer(chosen, "chosen", where), _answer(rejected, "rejected", where), whole=whole, where=where,
+                          target=None if record.get("target") is None else _answer(record["target"], "target", where), **numbers)
     if "label" in FORMATS[name]:
         desirable = _label(record["label"], where)
     elif threshold is None:
@@ -395,6 +397,8 @@ def encode(examples, tokenizer, *, max_len=1024, max_prompt_len=512, add_eot=Tru
             if pair[0].ids.tobytes() == pair[1].ids.tobytes():                     # as the model sees them, after cutting
                 counts["dropped: chosen is rejected"] += 1
                 continue
+            if e.target and e.target.strip():
+                pair += (response_row(prompt, e.target, e, True),)
             out.append(pair)
             counts["pairs"] += 1
             key = (pair[0].ids.tobytes(), pair[1].ids.tobytes())

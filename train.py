@@ -59,7 +59,7 @@ def token_nll_loss(logps, mean_len):
     return -logps / mean_len
 
 
-LOSSES = {"sft": token_nll_loss, **kto.LOSSES, **{n: f for n, f in dpo_variants.LOSSES.items() if n not in ("sft", "slic")}}
+LOSSES = {"sft": token_nll_loss, **kto.LOSSES, **{n: f for n, f in dpo_variants.LOSSES.items() if n != "sft"}}
 RECIPES = {   # no new curve: a loss, with another mask or another reference, and the flags that brings
     "ld_dpo": dict(loss="dpo", mask="ld", flags={"ld_alpha": 0.5}),             # Liu et al. 2024, arXiv 2409.06411
     "dpo_reference_free": dict(loss="dpo", reference="none", flags={}),         # reference log-probs of 0: a uniform reference
@@ -352,6 +352,7 @@ def measure(logps, ref_logps, units, extras=None):
 
     named = {"logps": lambda: logps[:, 0], "logratios": lambda: logps[:, 0] - ref_logps[:, 0],
              "desirable": lambda: column((u[0].desirable for u in units), torch.bool),
+             "target_logps": lambda: logps[:, 2],
              "preferred": lambda: torch.ones(len(units), dtype=torch.bool),                       # data puts the preferred response first
              "score_gap": lambda: column(u[0].score - u[1].score for u in units)}
     for k, side in enumerate(("chosen", "rejected")):
@@ -395,7 +396,8 @@ def n_trained(row):
 
 def diagnostics(logps, ref_logps, batch, units, task, shared):
     """Metrics over the global batch, named as TRL's dashboards name them. A class that is absent gives None, never NaN."""
-    up = torch.tensor([[row.desirable for row in units[i]] for i in batch.rows])                     # (B, S), as logps
+    logps, ref_logps = logps[:, :2], None if ref_logps is None else ref_logps[:, :2]                  # SLiC's third response is neither
+    up = torch.tensor([[row.desirable for row in units[i][:2]] for i in batch.rows])                  # (B, S), as logps
     mean = lambda x, where: float(x[where].mean()) if where.any() else None                                    # noqa: E731
     out = {"logps/chosen": mean(logps, up), "logps/rejected": mean(logps, ~up)}
     if ref_logps is not None:
@@ -448,7 +450,7 @@ def example_values(n):
                                                                                     ("kl", zero), ("weight", one))}
     return {"logps": -one, "logratios": zero, "desirable": yes, "kl_logratios": zero[:0], "entropy": one, "reward_shift": zero.sum(),
             "mean_len": one.mean(), "score_gap": one, "preferred": yes, "margin_mean": zero.sum(), "batch_margin_mean": zero.sum(),
-            "ref_chosen_logps": -one, "ref_rejected_logps": -one, **sides}
+            "ref_chosen_logps": -one, "ref_rejected_logps": -one, "target_logps": -one, **sides}
 
 
 # --- a run ------------------------------------------------------------------------------------------------------------
@@ -488,6 +490,12 @@ def run(argv):
         if name == "score_gap" and name in wants and (tied := next((u for u in units if u[0].score <= u[1].score), None)):
             raise SystemExit(f"{tied[0].where}: --loss {cfg.loss} needs score_chosen > score_rejected, got {tied[0].score:g} and {tied[1].score:g}")
     recipe = RECIPES.get(cfg.loss, {})
+    if "target_logps" not in wants or hyper["slic_target"] != "data":
+        units = [u[:2] for u in units]                                          # a `target` column is for --slic_target data alone
+    elif short := next((u for u in units if len(u) < 3), None):
+        raise SystemExit(f"{short[0].where}: --slic_target data needs the column target")
+    if "target_logps" in wants and hyper["slic_target"] == "chosen":
+        units = [(*u, u[0]) for u in units]
     if recipe.get("mask") == "ld":
         units = [data.length_desensitised(u, hyper["ld_alpha"]) for u in units]
     cfg.batch_size = min(cfg.batch_size, len(units))
@@ -515,6 +523,8 @@ def run(argv):
     if source.tokenizer.vocab_size > policy.vocab_size:
         raise SystemExit(f"--model {cfg.init}: its tokenizer has {source.tokenizer.vocab_size} tokens, its embedding only {policy.vocab_size}")
     use_threads(policy)
+    if own.get("slic_target") == "sample":
+        units = sampled_targets(units, out / "targets.json", cfg, group, source.tokenizer)
     zero = recipe.get("reference") == "none"
     reference = None if not task.needs_reference else NoReference(len(units[0])) if zero else Reference(units, cfg, group)
     group.say(f"policy: {cfg.init}, {sum(p.numel() for p in policy.parameters()):,} weights"
@@ -610,6 +620,24 @@ def set_lambdas(hyper, n_d, n_u, ratio):
     hyper |= {"lambda_d": d, "lambda_u": u}
     reached = f"{d * n_d / (u * n_u):.4g}" if n_u and u else "undefined, one class only"
     return f"lambdas: {n_d:,} desirable, {n_u:,} undesirable -> lambda_d {d:.4g}, lambda_u {u:.4g}; lambda_d n_d / (lambda_u n_u) = {reached}"
+
+
+def sampled_targets(units, path, cfg, group, tokenizer):
+    """SLiC's y_ref: one response per prompt, sampled from the reference once and kept with the run.   (chosen, rejected) -> + (target,)"""
+    prompts = [u[0].ids[:u[0].n_prompt].tolist() for u in units]
+    if cfg.dry_run:
+        return [(*u, u[0]) for u in units]                                      # as many tokens, near enough, for an estimate
+    if group.rank == 0 and not (cfg.resume and path.is_file()):
+        responses, reference = [], frozen_reference(cfg, group)
+        with group.bar(len(prompts), "sampling targets") as bar:
+            for i in range(0, len(prompts), 512):
+                responses += reference.generate(prompts[i:i + 512], eot=tokenizer.eot, max_new_tokens=cfg.max_len, room=cfg.max_len, seed=[cfg.seed, 7, i])
+                bar.update(len(responses) - i)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.with_suffix(".tmp").write_text(json.dumps(responses))
+        os.replace(path.with_suffix(".tmp"), path)
+    group.barrier()
+    return [(*u, data.make_row(p, r, where=u[0].where)) for u, p, r in zip(units, prompts, json.loads(path.read_text()))]
 
 
 def dry_run(policy, reference, optimizer, units, prompts, task, apart):
@@ -841,7 +869,7 @@ def resume(out, record, policy, optimizer):
     return load_checkpoint(out / "checkpoint", policy, optimizer)
 
 
-RUN_FILES = ("config.json", "metrics.jsonl", "curves.png", "frontier.png", "samples.md", "eval.json", "checkpoint", "model")
+RUN_FILES = ("config.json", "metrics.jsonl", "curves.png", "frontier.png", "samples.md", "eval.json", "checkpoint", "model", "targets.json")
 
 
 def check_out(out, cfg):
@@ -860,7 +888,7 @@ def check_out(out, cfg):
 
 def prepare_out(out, record, start, cfg):
     if not cfg.resume:
-        for path in (out / name for name in RUN_FILES):
+        for path in (out / name for name in RUN_FILES if name != "targets.json"):              # the targets were sampled just now
             shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
     out.mkdir(parents=True, exist_ok=True)
     lines = (out / "metrics.jsonl").read_text().splitlines() if start else []
@@ -965,7 +993,7 @@ def settings(argv):
     wants, hyper = signature(find_loss(loss_name))
     if "kl_logratios" in wants:
         hyper["z0"] = "estimate"
-    hyper |= RECIPES.get(loss_name, {"flags": {}})["flags"]
+    hyper |= RECIPES.get(loss_name, {"flags": {}})["flags"] | ({"slic_target": "sample"} if "target_logps" in wants else {})
     if typed.pop("help", False):
         print(help_text(loss_name if "loss" in typed else None, hyper))
         raise SystemExit(0)
@@ -1058,7 +1086,7 @@ def methods_table():
         wants = signature(f)[0]
         said = dict(line.strip().split(": ", 1) for line in inspect.getdoc(f).splitlines() if line.startswith(("Paper: ", "Idea: ")))
         more = [words for n, words in extra.items() if n in wants]
-        lines.append(f"| `{name}`{'' if name in LOSSES else ' (not in train.py yet)'} | {said['Paper']} | {'yes' if REFERENCE & set(wants) else 'no'} | "
+        lines.append(f"| `{name}` | {said['Paper']} | {'yes' if REFERENCE & set(wants) else 'no'} | "
                      f"{' + '.join(['pairs' if is_paired(wants) else 'labels', *more])} | {said['Idea']} |")
     return "\n".join(lines)
 
@@ -1123,6 +1151,8 @@ def _check(cfg, hyper, typed):
             raise SystemExit(f"--{name}: needs --data FILE; the embedded world brings its own")
     if "tokenizer" in typed and cfg.model:
         raise SystemExit("--tokenizer: --model brings its own tokenizer; the flag is for the small GPT")
+    if hyper.get("slic_target", "sample") not in ("sample", "chosen", "data"):
+        raise SystemExit(f"--slic_target {hyper['slic_target']}: valid are sample, chosen, data")
     if "auto" not in hyper.values():
         try:                                                                            # the loss itself knows its parameters' ranges
             loss = find_loss(cfg.loss)

@@ -553,5 +553,5 @@ SETTINGS = {  # defaults per loss; the command line comes before, the loss's own
         "ipo": dict(tau=0.1), "ipo_bernoulli": dict(tau=0.1), "ipo_avg": dict(tau=2.0),             # 1 / (2 tau) nats: per reply, per token
         "orpo": dict(lam=1.0), "simpo": dict(beta=10.0, gamma=1.0), "alphapo": dict(beta=10.0, gamma=1.0), "cpo": dict(beta=0.1),
         "sigmoid_norm": dict(beta=10.0), "sppo": dict(beta=0.2), "sppo_hard": dict(beta=0.2), "aot": dict(beta=0.5),
-        "aot_unpaired": dict(beta=0.5), "dpop": dict(beta=0.5, lam=5.0)}.items()},
+        "aot_unpaired": dict(beta=0.5), "slic": dict(lam=0.5), "dpop": dict(beta=0.5, lam=5.0)}.items()},
 }

@@ -283,6 +283,31 @@ def test_ld_dpo_weighs_the_longer_tail_and_with_alpha_1_is_dpo(pairs, tmp_path):
     assert largest_difference(weights(tmp_path / "dpo"), weights(tmp_path / "ld")) == 0
 
 
+def test_slics_target_is_sampled_once_or_the_chosen_response_or_read_from_the_data(pairs, tmp_path, monkeypatch):
+    """The first step by hand: max(0, delta - lw + ll) - lam log pi(y_ref | x)."""
+    both = [[logp(row, p) for row, p, _ in pair] for pair in by_hand(pairs)]
+    hinge = [max(0.0, 1 - lw + ll) for lw, ll in both]
+    run(*pair_flags(pairs, tmp_path / "chosen", "slic", "--slic_target", "chosen", steps=1))
+    assert metrics(tmp_path / "chosen")[0]["loss"] == pytest.approx(np.mean([h - 0.1 * lw for h, (lw, _) in zip(hinge, both)]), abs=1e-12)
+    records = [json.loads(line) for line in open(pairs / "pairs.jsonl")]
+    (tmp_path / "with_target.jsonl").write_text("\n".join(json.dumps({**r, "target": r["rejected"]}) for r in records))
+    words = pair_flags(pairs, tmp_path / "data", "slic", "--slic_target", "data", steps=1)
+    words[words.index("--data") + 1] = tmp_path / "with_target.jsonl"
+    run(*words)
+    assert metrics(tmp_path / "data")[0]["loss"] == pytest.approx(np.mean([h - 0.1 * ll for h, (_, ll) in zip(hinge, both)]), abs=1e-12)
+    with pytest.raises(SystemExit, match="line 1: --slic_target data needs the column target"):
+        run(*pair_flags(pairs, tmp_path / "none", "slic", "--slic_target", "data"))
+    run(*pair_flags(pairs, tmp_path / "sample", "slic", steps=2))
+    targets = json.loads((tmp_path / "sample" / "targets.json").read_text())
+    reference = model.load_policy(pairs / "ref", dtype=torch.float64)
+    rows, _ = data.encode(data.read(pairs / "pairs.jsonl")[0], data.load_tokenizer(), max_len=64)
+    assert targets == reference.generate([p[0].ids[:p[0].n_prompt].tolist() for p in rows], eot=256, max_new_tokens=64, room=64, seed=[3, 7, 0])
+    monkeypatch.setattr(model.GPT, "generate", lambda *a, **k: pytest.fail("sampled again"))
+    monkeypatch.setattr(evaluate, "replies", lambda m, t, prompts, **k: ([""] * len(prompts), []))
+    run(*pair_flags(pairs, tmp_path / "sample", "slic", "--resume", steps=4))
+    assert len(metrics(tmp_path / "sample")) == 4
+
+
 def test_a_sum_is_the_sum_and_a_flag_sets_all_terms_that_have_it(pairs, tmp_path):
     run(*pair_flags(pairs, tmp_path / "sum", "dpo + 0.25*simpo", "--beta", 0.3, steps=1))
     for name in ("dpo", "simpo"):

@@ -476,28 +476,8 @@ def run(argv):
     paired = is_paired(signature(find_loss(cfg.loss))[0])
     source = file_source(cfg, paired) if cfg.data else world_source(cfg, paired)
     group = Group.join(cfg.device)
-    loss, units, z0 = find_loss(cfg.loss), source.units, hyper.get("z0")
-    wants = signature(loss)[0]
-    if not paired and "desirable" not in wants:                       # a loss that knows no labels imitates: good rows only
-        units = [u for u in units if u[0].desirable]
-        if not units:
-            raise SystemExit(f"--loss {cfg.loss}: learns from desirable rows only, and there are none ({data.counts_line(source.counts)})")
-    for name, columns in (("score_gap", "score_chosen, score_rejected"), ("chosen_win_prob", "win_prob_chosen, win_prob_rejected")):
-        attribute = "score" if name == "score_gap" else "win_prob"
-        missing = name in wants and next((u for u in units if None in [getattr(row, attribute) for row in u]), None)
-        if missing:
-            raise SystemExit(f"{missing[0].where}: --loss {cfg.loss} needs the columns {columns}")
-        if name == "score_gap" and name in wants and (tied := next((u for u in units if u[0].score <= u[1].score), None)):
-            raise SystemExit(f"{tied[0].where}: --loss {cfg.loss} needs score_chosen > score_rejected, got {tied[0].score:g} and {tied[1].score:g}")
-    recipe = RECIPES.get(cfg.loss, {})
-    if "target_logps" not in wants or hyper["slic_target"] != "data":
-        units = [u[:2] for u in units]                                          # a `target` column is for --slic_target data alone
-    elif short := next((u for u in units if len(u) < 3), None):
-        raise SystemExit(f"{short[0].where}: --slic_target data needs the column target")
-    if "target_logps" in wants and hyper["slic_target"] == "chosen":
-        units = [(*u, u[0]) for u in units]
-    if recipe.get("mask") == "ld":
-        units = [data.length_desensitised(u, hyper["ld_alpha"]) for u in units]
+    loss, z0, recipe = find_loss(cfg.loss), hyper.get("z0"), RECIPES.get(cfg.loss, {})
+    units = examples_for(loss, recipe, source, cfg, hyper)
     cfg.batch_size = min(cfg.batch_size, len(units))
     cfg.steps = cfg.steps or max(1, math.ceil(cfg.epochs * data.steps_per_epoch(len(units), cfg.batch_size)))
     n_d, n_u = (sum(row.desirable is side for u in units for row in u) for side in (True, False))
@@ -551,6 +531,26 @@ def run(argv):
         source.tokenizer.save(out / "model")
         source.report(policy, frozen_reference(cfg, group), seconds)
     group.barrier()
+
+
+def examples_for(loss, recipe, source, cfg, hyper):
+    """The units this loss learns from, checked for what its signature asks of the data, and with the recipe's mask."""
+    wants, units = signature(loss)[0], source.units
+    if not is_paired(wants) and "desirable" not in wants:                       # a loss that knows no labels imitates: good rows only
+        units = [u for u in units if u[0].desirable]
+        if not units:
+            raise SystemExit(f"--loss {cfg.loss}: learns from desirable rows only, and there are none ({data.counts_line(source.counts)})")
+    for name, column in (("score_gap", "score"), ("chosen_win_prob", "win_prob")):
+        if name in wants and (u := next((u for u in units if None in [getattr(row, column) for row in u[:2]]), None)):
+            raise SystemExit(f"{u[0].where}: --loss {cfg.loss} needs the columns {column}_chosen, {column}_rejected")
+    if "score_gap" in wants and (u := next((u for u in units if u[0].score <= u[1].score), None)):
+        raise SystemExit(f"{u[0].where}: --loss {cfg.loss} needs score_chosen > score_rejected, got {u[0].score:g} and {u[1].score:g}")
+    target = hyper.get("slic_target")
+    if target == "data" and (u := next((u for u in units if len(u) < 3), None)):
+        raise SystemExit(f"{u[0].where}: --slic_target data needs the column target")
+    if target != "data":
+        units = [(*u[:2], u[0]) if target == "chosen" else u[:2] for u in units]
+    return [data.length_desensitised(u, hyper["ld_alpha"]) for u in units] if recipe.get("mask") == "ld" else units
 
 
 def loop(policy, reference, optimizer, units, prompts, task, source, steps, running, apart):

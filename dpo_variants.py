@@ -39,8 +39,8 @@ def sft_loss(chosen_logps, chosen_len):
 
     Paper: Ouyang et al. 2022, Training language models to follow instructions with human feedback, arXiv 2203.02155 (its SFT stage)
     Idea: imitate the chosen response; the rejected one is not looked at.
-    Per example, for sums such as "dpo + 0.1*sft" (LLaMA-Factory's pref_ftx). TRL's "sft" term is the mean over all chosen
-    TOKENS of the batch, so long responses weigh more there; its older rpo_alpha drops real tokens whose id is 0.
+    Per example, for sums such as "dpo + 0.1*sft" (LLaMA-Factory's pref_ftx). TRL's "sft" term is the mean over all chosen TOKENS of
+    the batch, so long responses weigh more there; its older rpo_alpha drops real tokens whose id is 0.
     """
     return -chosen_logps / chosen_len
 
@@ -50,9 +50,9 @@ def dpo_loss(chosen_logratios, rejected_logratios, *, beta=0.1):
 
     Paper: Rafailov et al. 2023, Direct Preference Optimization: Your Language Model is Secretly a Reward Model, arXiv 2305.18290
     Idea: beta log(pi/pi_ref) IS a reward, so fitting a Bradley-Terry reward model trains the policy; no sampling, no critic.
-    log 2 at policy = reference; gradient -beta sigma(-beta h) on c, the opposite on r. The optimum under Bradley-Terry
-    preferences is pi_ref e^(u/beta) / Z. Blind to a constant added to both c and r: both responses may become less likely.
-    SPIN, sDPO (stepwise and segment), LD-DPO and TR-DPO are this loss with another reference or mask (train.py, RECIPES).
+    log 2 at policy = reference; gradient -beta sigma(-beta h) on c, the opposite on r. The optimum under Bradley-Terry preferences
+    is pi_ref e^(u/beta) / Z. Blind to a constant added to both c and r: both responses may become less likely. SPIN, sDPO (stepwise
+    and segment), LD-DPO and TR-DPO are this loss with another reference or mask (train.py, RECIPES).
     """
     check(beta=beta)
     return -F.logsigmoid(beta * (chosen_logratios - rejected_logratios))
@@ -65,8 +65,8 @@ def cdpo_loss(chosen_logratios, rejected_logratios, *, beta=0.1, label_smoothing
 
     Paper: Mitchell 2023, A note on DPO with noisy preferences and relationship to IPO, ericmitchell.ai/cdpo.pdf
     Idea: cross-entropy with the label 1 - eps in place of 1, so the margin stops at beta h = logit(1 - eps).
-    Conservative, but biased: under flips its optimum is not the clean one (rdpo's is). TRL before 0.29: label_smoothing on
-    "sigmoid"; from 0.29 on "sigmoid" ignores it. LLaMA-Factory's help calls this one "robust DPO": it is not.
+    Conservative, but biased: under flips its optimum is not the clean one (rdpo's is). TRL before 0.29: label_smoothing on "sigmoid",
+    which ignores it from 0.29 on. LLaMA-Factory's help calls this one "robust DPO": it is not.
     """
     check(beta=beta, label_smoothing=label_smoothing)
     u = beta * (chosen_logratios - rejected_logratios)
@@ -93,9 +93,9 @@ def ipo_loss(chosen_logratios, rejected_logratios, *, tau=0.1):
 
     Paper: Azar et al. 2023, A General Theoretical Paradigm to Understand Learning from Human Preferences, arXiv 2310.12036
     Idea: regress the margin on a fixed target, so that preferences without noise do not drive it to infinity.
-    Eq. 17, on sums as in the paper's text. tau is one over the margin: a LARGER tau asks for less, and tau -> infinity gives
-    pi_ref (the uniform policy only in the paper's toy example, whose pi_ref is uniform). (1 / 2tau)^2 at policy = reference.
-    Optimum over pairs from mu x mu: log pi = log pi_ref + p(y beats mu) / tau + const. TRL calls tau beta.
+    Eq. 17, on sums as in the paper's text. tau is one over the margin: a LARGER tau asks for less, and tau -> infinity gives pi_ref
+    (the uniform policy only in the paper's toy example, whose pi_ref is uniform). (1 / 2tau)^2 at policy = reference. Optimum over
+    pairs from mu x mu: log pi = log pi_ref + p(y beats mu) / tau + const. TRL calls tau beta.
     """
     check(tau=tau)
     return (chosen_logratios - rejected_logratios - 1 / (2 * tau)) ** 2
@@ -106,8 +106,8 @@ def ipo_avg_loss(chosen_logratios, rejected_logratios, chosen_len, rejected_len,
 
     Paper: Azar et al. 2023, A General Theoretical Paradigm to Understand Learning from Human Preferences, arXiv 2310.12036 (as TRL, HALOs and LLaMA-Factory code it)
     Idea: IPO per token, so that the target does not depend on length.
-    A departure from the paper's text that TRL says the authors confirmed. nw, nl are tokens, from the mask: HALOs counts
-    NON-ZERO log-ratios instead, which is 0/0 = NaN at policy = reference.
+    The paper's text has sums; TRL says the authors confirmed averages. nw, nl count tokens by the mask: HALOs counts NON-ZERO
+    log-ratios, which is 0/0 = NaN at policy = reference.
     """
     check(tau=tau)
     return (chosen_logratios / chosen_len - rejected_logratios / rejected_len - 1 / (2 * tau)) ** 2
@@ -118,8 +118,8 @@ def ipo_bernoulli_loss(chosen_logratios, rejected_logratios, preferred, *, tau=0
 
     Paper: Azar et al. 2023, A General Theoretical Paradigm to Understand Learning from Human Preferences, arXiv 2310.12036
     Idea: IPO from one coin flip per pair, in whichever order the two responses come.
-    "chosen" and "rejected" mean first and second here. Averaged over both orders of a pair it is ipo + 1 / (4 tau^2): same
-    gradient. I is the sample, p* its mean: "p* takes the values 0 and 1" in the Chinese source documents confuses them.
+    "chosen" and "rejected" mean first and second here. Averaged over both orders of a pair it is ipo + 1 / (4 tau^2): same gradient.
+    I is the sample, p* its mean: "p* takes the values 0 and 1" in the Chinese source documents confuses them.
     """
     check(tau=tau)
     h = chosen_logratios - rejected_logratios
@@ -142,9 +142,8 @@ def exo_loss(chosen_logratios, rejected_logratios, *, beta=0.1, label_smoothing=
 
     Paper: Ji et al. 2024, Towards Efficient Exact Optimization of Language Model Alignment, arXiv 2402.00856
     Idea: DPO and cDPO are the forward KL (label || policy); this is the reverse, mode-seeking one.
-    Eq. 16. Minimum 0 at u = logit(1 - eps), as cDPO's, but by another way: the slope sigma sigma(-u) (u - logit(1 - eps)) dies
-    in both tails. eps = 0 is infinite, so it is an error (as in TRL from 0.29; before, 1e-3 was put in silently). The official
-    code has eps = e^-10 and leaves out log(1 - eps).
+    Eq. 16. Minimum 0 at u = logit(1 - eps), as cDPO's; the slope sigma(u) sigma(-u) (u - logit(1 - eps)) dies in both tails.
+    eps = 0 is infinite: an error (TRL before 0.29 puts 1e-3, silently). The official code has e^-10 and leaves out log(1 - eps).
     """
     check(beta=beta, label_smoothing=label_smoothing)
     if label_smoothing == 0:
@@ -159,8 +158,8 @@ def discopop_loss(chosen_logratios, rejected_logratios, *, beta=0.05, tau=0.05):
 
     Paper: Lu et al. 2024, Discovering Preference Optimization Algorithms with and for Large Language Models, arXiv 2406.08414
     Idea: found by a language model that proposes losses: logistic while the pair is wrong, exponential once it is right.
-    Eq. 5. Not convex: with the default tau it RISES with the margin for beta h in (-0.1185, 0.0719), so where training starts,
-    at policy = reference, it pushes both responses the WRONG way (slope in beta h: (1 - log 2) / (4 tau) - 3/4 = +0.784).
+    Eq. 5. Not convex: with the default tau it RISES with the margin for beta h in (-0.1185, 0.0719), so where training starts, at
+    policy = reference, it pushes both responses the WRONG way (slope in beta h: (1 - log 2) / (4 tau) - 3/4 = +0.784).
     """
     check(beta=beta, tau=tau)
     u = beta * (chosen_logratios - rejected_logratios)
@@ -175,9 +174,8 @@ def dpop_loss(chosen_logratios, rejected_logratios, *, beta=0.3, lam=50.0):
 
     Paper: Pal et al. 2024, Smaug: Fixing Failure Modes of Preference Optimisation with DPO-Positive, arXiv 2402.13228
     Idea: DPO may lower both responses; pay lam for each nat that the chosen one falls below the reference.
-    Penalty inside beta and inside sigma; third-party code puts it outside one or the other, the official repository holds no
-    code, beta = 0.3 and lam = 50 are secondary. Kink at c = 0, where training starts (subgradient 0); below it the slope in c
-    is (1 + lam) times DPO's: a large lam is a large effective step.
+    Penalty inside beta and sigma (third-party code: outside one or the other; the official repository has no code; beta = 0.3 and
+    lam = 50 are secondary). Kink at c = 0, where training starts: subgradient 0; below, the slope in c is 1 + lam times DPO's.
     """
     check(beta=beta, lam=lam)
     return -F.logsigmoid(beta * (chosen_logratios - rejected_logratios - lam * F.relu(-chosen_logratios)))
@@ -188,8 +186,7 @@ def nca_loss(chosen_logratios, rejected_logratios, *, beta=0.01):
 
     Paper: Chen et al. 2024, Noise Contrastive Alignment of Language Models with Explicit Rewards, arXiv 2402.05369
     Idea: noise contrastive estimation: tell each response from a sample of the reference, by its own likelihood.
-    The chosen reward beta c is held at log 2: above it c is pushed DOWN. The official biasedNCA, -log sigma(beta c) - log sigma(-beta r), is
-    bco_pair with a shift of 0.
+    The chosen reward beta c is held at log 2, above it c is pushed DOWN. The official biasedNCA is bco_pair with a shift of 0.
     """
     check(beta=beta)
     c, r = beta * chosen_logratios, beta * rejected_logratios
@@ -201,8 +198,8 @@ def bco_pair_loss(chosen_logratios, rejected_logratios, reward_shift, *, beta=0.
 
     Paper: Jung et al. 2024, Binary Classifier Optimization for Large Language Model Alignment, arXiv 2404.04656
     Idea: a binary classifier "good or bad" whose logit is the reward; its loss bounds DPO's from above.
-    delta = sg(`reward_shift`), (): mean of beta * log-ratio over all samples seen. In the paper (secondary) it is the mean of
-    the two class means, the same for pairs. TRL from 0.29 has delta = 0, and its paper index prints DPO's formula for this.
+    delta = sg(`reward_shift`), (): mean of beta * log-ratio over all samples seen. In the paper (secondary) it is the mean of the
+    two class means, the same for pairs. TRL from 0.29 has delta = 0, and its paper index prints DPO's formula for this.
     """
     check(beta=beta)
     delta = reward_shift.detach()
@@ -237,8 +234,8 @@ def sppo_loss(chosen_logratios, rejected_logratios, chosen_win_prob, rejected_wi
 
     Paper: Wu et al. 2024, Self-Play Preference Optimization for Language Model Alignment, arXiv 2405.00675
     Idea: one step towards the Nash equilibrium of a game: each log-ratio is regressed on how often the response wins.
-    P: mean probability of winning against the policy's own samples, a constant. eta = 1 / beta. Twice the official code,
-    which has 1/2 in front. Two squares, not one of the margin: the responses cannot fall together.
+    P: mean probability of winning against the policy's own samples, a constant. eta = 1 / beta. Twice the official code, which has
+    1/2 in front. Two squares, not one of the margin: the responses cannot fall together.
     """
     check(beta=beta)
     target_w, target_l = ((p.detach().type_as(chosen_logratios) - 0.5) / beta for p in (chosen_win_prob, rejected_win_prob))
@@ -263,9 +260,9 @@ def fdpo_loss(chosen_logratios, rejected_logratios, *, beta=0.1, divergence="js"
 
     Paper: Wang et al. 2023, Beyond Reverse KL: Generalizing Direct Preference Optimization with Diverse Divergence Constraints, arXiv 2309.16240
     Idea: DPO solves a problem with a reverse-KL leash; another f-divergence gives another reward, f'(pi / pi_ref).
-    `divergence`: reverse_kl (DPO) | js | forward_kl | alpha, in the order above; constants of f' cancel. alpha -> 0 is
-    reverse_kl, alpha -> 1 forward_kl; both ends are allowed. TRL's coefficient is this alpha up to 0.28 (default 1), but
-    1 - alpha from 0.29 on (default .5). Only for losses of a difference: nca or apo have no margin to put f' into.
+    `divergence`: reverse_kl (DPO) | js | forward_kl | alpha, in the order above; constants of f' cancel. alpha -> 0 is reverse_kl,
+    alpha -> 1 forward_kl; both ends are allowed. TRL's coefficient is this alpha up to 0.28 (default 1), but 1 - alpha from 0.29 on
+    (default .5). Only for losses of a difference: nca or apo have no margin to put f' into.
     """
     check(beta=beta)
     c, r = chosen_logratios, rejected_logratios
@@ -289,8 +286,8 @@ def tdpo1_loss(chosen_logratios, rejected_logratios, chosen_kl, rejected_kl, *, 
 
     Paper: Zeng et al. 2024, Token-level Direct Preference Optimization, arXiv 2404.11999
     Idea: DPO derived token by token, which leaves the difference of two sequence KLs in the margin.
-    D = `chosen_kl`, `rejected_kl`: sum over positions of KL(pi_ref || pi), this direction (official code), gradient through
-    both. The "pi_ref | pi" of the source documents is a divergence, not a conditioning.
+    D = `chosen_kl`, `rejected_kl`: sum over positions of KL(pi_ref || pi), this direction (official code), gradient through both.
+    The "pi_ref | pi" of the source documents is a divergence, not a conditioning.
     """
     check(beta=beta)
     return -F.logsigmoid(beta * (chosen_logratios - rejected_logratios - (rejected_kl - chosen_kl)))
@@ -314,9 +311,8 @@ def odpo_loss(chosen_logratios, rejected_logratios, score_gap, *, beta=0.5, alph
 
     Paper: Amini, Vieira, Cotterell 2024, Direct Preference Optimization with an Offset, arXiv 2402.10571
     Idea: a pair that is far apart in score must get further apart in reward.
-    The offset is outside beta. A gap below 1 gives a NEGATIVE offset, easier than DPO; a gap <= 0 is a ValueError. That is
-    all of it: the "+ lambda KL(pi || pi_ref)" of the Chinese source documents is in neither the paper nor the official code,
-    and they leave out alpha and the log.
+    The offset is outside beta. A gap below 1 gives a NEGATIVE offset, easier than DPO; a gap <= 0 is a ValueError. No KL term:
+    the "+ lambda KL(pi || pi_ref)" of the Chinese source documents (which lack alpha and the log) is in neither paper nor code.
     """
     check(beta=beta, alpha=alpha)
     if not (score_gap > 0).all():
@@ -342,8 +338,8 @@ def beta_dpo_loss(chosen_logratios, rejected_logratios, margin_mean, batch_margi
 
     Paper: Wu et al. 2024, beta-DPO: Direct Preference Optimization with Dynamic beta, arXiv 2407.08639
     Idea: batches with wide margins get a larger beta, batches with narrow ones a smaller.
-    Both means are (), of h without beta (official code; the paper has beta in it, secondary): over the global batch, and its
-    moving average. Departure: no filtering of outlying pairs, so that every row counts. With a = 0 it is DPO, if beta >= 0.001.
+    Both means are (), of h without beta (official code; the paper has beta in it, secondary): over the global batch, and its moving
+    average. Departure: no filtering of outlying pairs, so that every row counts. With a = 0 it is DPO, if beta >= 0.001.
     """
     check(beta=beta, a=a)
     surplus = (batch_margin_mean - margin_mean).detach().type_as(chosen_logratios)
@@ -369,9 +365,8 @@ def slic_loss(chosen_logps, rejected_logps, target_logps, *, delta=1.0, lam=0.1)
 
     Paper: Zhao et al. 2022, Calibrating Sequence likelihood Improves Conditional Language Generation, arXiv 2210.00045
     Idea: rank the two responses with a margin of delta, and stay near the old model by imitating a third one.
-    `target_logps` carries a gradient. y_ref is the SFT target (SLiC-HF, arXiv 2305.10425, another paper), a sample of pi_ref
-    (KTO's paper, the Chinese source documents) or y_w (HALOs). SLiC is OLDER than DPO, which those documents put first; their
-    prose also drops a minus and writes beta for delta. Sums, no reference.
+    `target_logps` carries a gradient; y_ref is the SFT target (SLiC-HF, arXiv 2305.10425, another paper), a sample of pi_ref (KTO's
+    paper, the Chinese source documents) or y_w (HALOs). Sums, no reference. OLDER than DPO; those documents say the opposite.
     """
     check(delta=delta, lam=lam)
     return F.relu(delta - chosen_logps + rejected_logps) - lam * target_logps
@@ -382,8 +377,8 @@ def cpo_loss(chosen_logps, rejected_logps, chosen_len, *, beta=0.1, nll_weight=1
 
     Paper: Xu et al. 2024, Contrastive Preference Optimization: Pushing the Boundaries of LLM Performance in Machine Translation, arXiv 2401.08417
     Idea: DPO with a uniform reference, and likelihood on the chosen response in its place.
-    Sums in the margin. Departure: the NLL is per example and per token; the paper's is per sequence, the code's the mean over
-    all chosen tokens of the batch. The official repository's HEAD is ARPO, not this. nll_weight = 0 is DPO's reference-free form.
+    Sums in the margin. Departure: the NLL is per example and per token; the paper's is per sequence, the code's the mean over all
+    chosen tokens of the batch. The official repository's HEAD is ARPO, not this. nll_weight = 0 is DPO's reference-free form.
     """
     check(beta=beta, nll_weight=nll_weight)
     return -F.logsigmoid(beta * (chosen_logps - rejected_logps)) - nll_weight * chosen_logps / chosen_len
@@ -394,9 +389,8 @@ def orpo_loss(chosen_logps, rejected_logps, chosen_len, rejected_len, *, lam=0.1
 
     Paper: Hong, Lee, Thorne 2024, ORPO: Monolithic Preference Optimization without Reference Model, arXiv 2403.07691
     Idea: SFT with a small odds-ratio penalty on the rejected response; one stage in place of two.
-    AVERAGES: with sums log(1 - e^l) is about 0 and the odds are gone. Departure: NLL over the response only (official and
-    TRL: prompt too). lam is the paper's; the official code's default is 1. Odds Ratio PREFERENCE Optimization, not "Policy"
-    as a Chinese source document has it.
+    AVERAGES: with sums log(1 - e^l) is about 0 and the odds are gone. Departure: NLL of the response only (official, TRL: prompt
+    too). lam is the paper's, the official code has 1. Odds Ratio PREFERENCE Optimization, not "Policy" (a source document).
     """
     check(lam=lam)
     aw, al = chosen_logps / chosen_len, rejected_logps / rejected_len
@@ -409,8 +403,8 @@ def simpo_loss(chosen_logps, rejected_logps, chosen_len, rejected_len, *, beta=2
 
     Paper: Meng, Xia, Chen 2024, SimPO: Simple Preference Optimization with a Reference-Free Reward, arXiv 2405.14734
     Idea: reward = log-prob per token, which is what decoding maximises; win by a margin of gamma.
-    gamma is OUTSIDE beta; the official config gives gamma / beta (.25 here). beta is 2 to 10: .1, LLaMA-Factory's default, is
-    far off. Nothing holds the policy back but a small learning rate. Simple PREFERENCE Optimization, not "Policy".
+    gamma is OUTSIDE beta; the official config gives gamma / beta (.25 here). beta is 2 to 10: .1, LLaMA-Factory's default, is far
+    off. Nothing holds the policy back but a small learning rate. Simple PREFERENCE Optimization, not "Policy".
     """
     check(beta=beta)
     return -F.logsigmoid(beta * (chosen_logps / chosen_len - rejected_logps / rejected_len) - gamma)
@@ -421,8 +415,8 @@ def alphapo_loss(chosen_logps, rejected_logps, chosen_len, rejected_len, *, alph
 
     Paper: Gupta et al. 2025, AlphaPO: Reward Shape Matters for LLM Alignment, arXiv 2501.03884
     Idea: SimPO with fdpo's alpha curve: alpha > 0 lets the reward of an unlikely response plunge, so a pair is done sooner.
-    alpha -> 0 is SimPO, and alpha = 0 is allowed. Defaults: Mistral-Instruct's. p^-alpha = e^(-alpha a): TRL's e^a is 0 below
-    a = -745, so 0^-alpha = inf; TRL also applies alpha to sums when loss_type is sigmoid or hinge.
+    alpha -> 0 is SimPO, and alpha = 0 is allowed. Defaults: Mistral-Instruct's. p^-alpha = e^(-alpha a): TRL's e^a is 0 below a =
+    -745, so 0^-alpha = inf; TRL also applies alpha to sums when loss_type is sigmoid or hinge.
     """
     check(beta=beta)
     return -F.logsigmoid(beta * power_gap(chosen_logps / chosen_len, rejected_logps / rejected_len, alpha) - gamma)
@@ -435,8 +429,8 @@ def aot_loss(chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps,
 
     Paper: Melnyk et al. 2024, Distributional Preference Alignment of LLMs via Optimal Transport, arXiv 2406.05882
     Idea: each quantile of the policy's margins must lie above the same quantile of the reference's.
-    Quantiles belong to the batch that is sorted: micro-batches change the loss. A row meets its own reference only if both
-    sorts agree. eps is cDPO's smoothing. With B = 1 it is dpo (cdpo).
+    Quantiles belong to the batch that is sorted: micro-batches change the loss. A row meets its own reference only if both sorts
+    agree. eps is cDPO's smoothing. With B = 1 it is dpo (cdpo).
     """
     d = (chosen_logps - rejected_logps).sort().values - (ref_chosen_logps - ref_rejected_logps).detach().sort().values
     return cdpo_loss(d, torch.zeros_like(d), beta=beta, label_smoothing=label_smoothing)

@@ -24,6 +24,7 @@ import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch.utils.checkpoint import checkpoint
 
@@ -403,11 +404,14 @@ def weight_files(folder, flag="model"):
 
 def load_policy(folder, *, device="cpu", dtype=torch.float32):
     """The causal LM in `folder`: our own GPT where we wrote it, else transformers' AutoModelForCausalLM as an `HFPolicy`."""
-    if "nanokto" in read_model_config(folder):
-        return GPT.from_pretrained(folder, device=device, dtype=dtype)
-    weight_files(folder)
-    from transformers import AutoModelForCausalLM
-    from transformers.utils import logging
-    logging.disable_progress_bar()
-    lm = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, use_safetensors=True, local_files_only=True)
+    config, files = read_model_config(folder), weight_files(folder)
+    try:
+        if "nanokto" in config:
+            return GPT.from_pretrained(folder, device=device, dtype=dtype)
+        from transformers import AutoModelForCausalLM
+        from transformers.utils import logging
+        logging.disable_progress_bar()
+        lm = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, use_safetensors=True, local_files_only=True)
+    except (SafetensorError, OSError, ValueError, RuntimeError) as e:
+        raise SystemExit(f"--model {folder}: cannot be loaded from {', '.join(f.name for f in files)}: {' '.join(str(e).split())[:300]}") from None
     return HFPolicy(lm.to(device))

@@ -716,11 +716,9 @@ def world_source(cfg, paired):
 
 def file_source(cfg, paired):
     """The user's own preference files, for a Hugging Face model or for the small GPT."""
-    for name in ("model", "init", "ref"):
-        if folder := getattr(cfg, name):
-            shape = model.read_model_config(folder, name)
-            model.weight_files(folder, name)
-            cfg.max_len = min(cfg.max_len, shape.get("max_position_embeddings") or shape.get("n_positions") or cfg.max_len)
+    for folder in filter(None, (cfg.model, cfg.init, cfg.ref)):
+        shape = model.read_model_config(folder)
+        cfg.max_len = min(cfg.max_len, shape.get("max_position_embeddings") or shape.get("n_positions") or cfg.max_len)
     tokenizer = data.load_tokenizer(cfg.model or cfg.tokenizer or None)
 
     def read(files):
@@ -1016,7 +1014,7 @@ def settings(argv):
     for name, default in {**{n: f.default for n, f in known.items()}, **hyper}.items():
         if name in typed:
             values[name], origin[name] = _typed(name, typed[name], default), "command line"
-        elif name in preset:
+        elif name in preset and not (name in hyper and default is None):            # in a sum, each term keeps its own
             values[name], origin[name] = preset[name], "embedded world" if embedded else "pairs" if typed.get("model") else "small GPT"
         else:
             values[name], origin[name] = default, f"{loss_name}'s signature" if name in hyper else "default"
@@ -1159,6 +1157,9 @@ def _check(cfg, hyper, typed):
             loss(**{n: v for n, v in example_values(1).items() if n in signature(loss)[0]}, **{k: v for k, v in hyper.items() if k in signature(loss)[1]})
         except ValueError as e:
             raise SystemExit(f"--loss {cfg.loss}: {e}") from None
+    for name in ("model", "init", "ref"):
+        if folder := getattr(cfg, name):
+            model.read_model_config(folder, name), model.weight_files(folder, name)
     if cfg.overwrite and cfg.resume:
         raise SystemExit("--overwrite and --resume: give one of them")
     if cfg.loss in BATCH_COUPLED and (cfg.micro_batch_size or int(os.environ.get("WORLD_SIZE", 1)) > 1):

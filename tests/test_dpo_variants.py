@@ -263,11 +263,12 @@ def test_overflow_is_never_inf_minus_inf_even_at_strange_settings():
     for out, equal in [(LOSSES["alphapo"](x, y, ones, ones, alpha=2.0, gamma=0.0), math.log(2)),
                        (LOSSES["fdpo"](x, y, divergence="forward_kl"), math.log(2)),
                        (LOSSES["discopop"](x, y, beta=1.0, tau=3.0), None)]:
-        for g in torch.autograd.grad(out.sum(), (x, y)):
-            assert g.isfinite().all()
+        slopes = torch.autograd.grad(out.sum(), (x, y))
+        assert all(g.isfinite().all() for g in slopes)
         if equal:
             assert out[0].item() == pytest.approx(equal, rel=1e-15)                  # the true value, not a clamp
             assert out[1] > 1e280 and out[2] == 0 and out[3] == 0                    # the side of the truth, where it is e^2000
+            assert slopes[0][1] < -1e280 and slopes[0][2] == 0                       # and its slope: up, and steeply
 
 
 # --- policy = reference -----------------------------------------------------------------------------------------------
@@ -867,8 +868,9 @@ def test_trl_before_0_29_agrees_in_value_and_gradient(loss_type):
         pytest.skip("this trl has no DPOTrainer.dpo_loss (gone since 0.29)")
     from trl.trainer.dpo_config import FDivergenceType
     running = SimpleNamespace(update=lambda rewards: None, mean=torch.tensor(0.3))
-    trainer = SimpleNamespace(accelerator=SimpleNamespace(device="cpu"), reference_free=False, f_divergence_params=None,
-                              f_divergence_type=FDivergenceType.REVERSE_KL, beta=0.1, label_smoothing=0.2, running=running, args=SimpleNamespace(discopop_tau=0.3), loss_type=loss_type)
+    trainer = SimpleNamespace(accelerator=SimpleNamespace(device="cpu"), reference_free=False, f_divergence_params=None, running=running,
+                              f_divergence_type=FDivergenceType.REVERSE_KL, beta=0.1, label_smoothing=0.2, loss_type=loss_type,
+                              args=SimpleNamespace(discopop_tau=0.3))
     c, r = (x[(C.abs() < 50) & (R.abs() < 50)].detach().requires_grad_() for x in (C, R))
     reference = torch.zeros_like(c).detach()
     same(theirs(trainer, c, r, reference, reference, loss_type)[0], OURS[loss_type](c, r), c, r, rtol=1e-12, atol=1e-15)        # slopes that cancel

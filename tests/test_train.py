@@ -596,6 +596,8 @@ BAD = {
     "folder without a model": (["--model", "FOLDER", "--data", "ONE"], r"--model .*: no config.json there"),
     "model without data": (["--model", "FOLDER"], r"--model: needs --data FILE"),
     "tokenizer folder": (["--tokenizer", "FOLDER", "--data", "ONE"], r"--tokenizer .*: no tokenizer there"),
+    "a start that is not there": (["--init", "/nowhere"], r"--init /nowhere: no config.json there"),
+    "half a model": (["--model", "HALF", "--data", "ROWS"], r"--model .*: cannot be loaded from model.safetensors: .*header"),
     "existing folder": (["--out", "FULL"], r"--out .*: holds files that are not a run's"),
     "out is a file": (["--out", "ONE"], r"--out .*: is a file"),
     "nothing to resume": (["--out", "FOLDER", "--resume"], r"--resume: .* holds no run"),
@@ -619,6 +621,12 @@ def bad_files(tmp_path_factory):
         names[name] = folder / name
         names[name].mkdir()
     (names["FULL"] / "thesis.txt").write_text("years of work")
+    names["ROWS"] = folder / "rows.jsonl"
+    names["ROWS"].write_text(row + row.replace('"p"', '"q"'))
+    names["HALF"] = folder / "half"
+    tiny_llama(names["HALF"], [row])
+    whole = (names["HALF"] / "model.safetensors").read_bytes()
+    (names["HALF"] / "model.safetensors").write_bytes(whole[:1000])
     return {k: str(v) for k, v in names.items()}
 
 

@@ -62,6 +62,7 @@ def token_nll_loss(logps, mean_len):
 LOSSES = {"sft": token_nll_loss, **kto.LOSSES, **{n: f for n, f in dpo_variants.LOSSES.items() if n != "sft"}}
 RECIPES = {   # no new curve: a loss, with another mask or another reference, and the flags that brings
     "ld_dpo": dict(loss="dpo", mask="ld", flags={"ld_alpha": 0.5}),             # Liu et al. 2024, arXiv 2409.06411
+    "tr_dpo": dict(loss="dpo", reference="moving", flags={"ref_mix": 0.6, "ref_every": 512}),   # Gorbatovski et al. 2024, arXiv 2404.09656
     "dpo_reference_free": dict(loss="dpo", reference="none", flags={}),         # reference log-probs of 0: a uniform reference
 }
 REFERENCE = {"logratios", "kl_logratios", "chosen_logratios", "rejected_logratios", "ref_chosen_logps", "ref_rejected_logps",
@@ -278,6 +279,27 @@ class Reference:
             needed = min(n, (self.cfg.steps - epoch * per_epoch) * size)
             self.mismatched_table, self.epoch = self._score(pairs, needed, "reference, mismatched")[:, 0], epoch
         return self.mismatched_table[k * size:k * size + len(batch.rows)]
+
+
+class MovingReference(Reference):
+    """TR-DPO: every `every` steps the reference becomes mix * policy + (1 - mix) * reference (mix = 1: a hard copy).
+
+    It moves, so nothing is cached: each batch is scored as it comes, each rank its share.
+    """
+
+    def __init__(self, units, cfg, group, mix, every):
+        super().__init__(units, cfg, group)
+        self.mix, self.every = mix, every
+
+    def matched(self, batch):
+        share, table = batch.rows[self.group.rank::self.group.size], torch.zeros(len(batch.rows), len(self.units[0]), dtype=torch.float64)
+        table[self.group.rank::self.group.size] = score(self.live, [self.units[i] for i in share], self.cfg, self.group.device)
+        return self.group.sum(table)
+
+    def after_step(self, policy, step):
+        if (step + 1) % self.every == 0:
+            for mine, theirs in zip(self.live.parameters(), policy.parameters()):
+                mine.data.lerp_(theirs.data, self.mix)
 
 
 class NoReference:
@@ -505,8 +527,11 @@ def run(argv):
     use_threads(policy)
     if own.get("slic_target") == "sample":
         units = sampled_targets(units, out / "targets.json", cfg, group, source.tokenizer)
-    zero = recipe.get("reference") == "none"
-    reference = None if not task.needs_reference else NoReference(len(units[0])) if zero else Reference(units, cfg, group)
+    zero, reference = recipe.get("reference") == "none", None
+    if recipe.get("reference") == "moving":
+        reference = MovingReference(units, cfg, group, own["ref_mix"], own["ref_every"])
+    elif task.needs_reference:
+        reference = NoReference(len(units[0])) if zero else Reference(units, cfg, group)
     group.say(f"policy: {cfg.init}, {sum(p.numel() for p in policy.parameters()):,} weights"
               + ("" if policy.flat else " (rows are padded: this architecture does not keep flat ones apart)")
               + (f" | reference: {cfg.ref}" if reference and not zero else " | no reference needed"))
@@ -518,7 +543,7 @@ def run(argv):
     apart = zero or Path(cfg.init).resolve() != Path(cfg.ref).resolve()
     if cfg.dry_run:
         return dry_run(policy, reference, optimizer, units, prompts, task, apart)
-    start, running = resume(out, record, policy, optimizer) if cfg.resume else (0, {})
+    start, running = resume(out, record, policy, optimizer, reference) if cfg.resume else (0, {})
     if group.rank == 0:
         prepare_out(out, record, start, cfg)
     group.barrier()
@@ -562,6 +587,8 @@ def loop(policy, reference, optimizer, units, prompts, task, source, steps, runn
         for step in steps:
             batch = data.batch_at(prompts, cfg.batch_size, seed=cfg.seed, step=step)
             m = train_step(policy, reference, optimizer, batch, units, task, running)
+            if isinstance(reference, MovingReference):
+                reference.after_step(policy, step)
             # -------------------------------------------------------------------------- everything below is diagnostics
             if step == 0:
                 group.say(check_first_step(m, predicted_first_loss(batch, units, task), cfg, apart))
@@ -577,7 +604,7 @@ def loop(policy, reference, optimizer, units, prompts, task, source, steps, runn
             stopped = bool(group.sum(torch.tensor(float(len(stop)))))                # all ranks stop after the same step
             if stopped or (step + 1) % cfg.save_every == 0 or step + 1 == cfg.steps:
                 if group.rank == 0:
-                    save_checkpoint(out / "checkpoint", policy, optimizer, step + 1, running)
+                    save_checkpoint(out / "checkpoint", policy, optimizer, step + 1, running, reference)
                 group.barrier()
             if stopped and step + 1 < cfg.steps:
                 raise SystemExit(f"stopped after step {step + 1} of {cfg.steps}; {out}/checkpoint has it, the same command with --resume goes on")
@@ -824,12 +851,14 @@ def locked(path):
 
 # --- what a run leaves; checkpoints are one file, written beside and renamed, the last two are kept -------------------
 
-def save_checkpoint(folder, policy, optimizer, step, running):
+def save_checkpoint(folder, policy, optimizer, step, running, reference=None):
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {"rng": torch.get_rng_state()}
     for name, p in policy.named_parameters():
         tensors["policy." + name] = p.detach()
         tensors |= {f"{key}.{name}": value for key, value in optimizer.state.get(p, {}).items()}
+    if isinstance(reference, MovingReference):
+        tensors |= {"reference." + name: p for name, p in reference.live.named_parameters()}
     path = folder / f"step-{step:06d}.safetensors"
     beside = path.with_suffix(".tmp")
     save_file({k: t.contiguous() for k, t in tensors.items()}, beside, metadata={"state": json.dumps({"step": step, "running": running})})
@@ -840,8 +869,8 @@ def save_checkpoint(folder, policy, optimizer, step, running):
         old.unlink()
 
 
-def load_checkpoint(folder, policy, optimizer):
-    """(next step, running means); policy and optimiser are filled in place."""
+def load_checkpoint(folder, policy, optimizer, reference=None):
+    """(next step, running means); policy, optimiser and a moving reference are filled in place."""
     files = sorted(folder.glob("step-*.safetensors"))
     if not files:
         return 0, {}
@@ -854,17 +883,19 @@ def load_checkpoint(folder, policy, optimizer):
             p.data.copy_(f.get_tensor("policy." + name))
             if "exp_avg." + name in names:
                 optimizer.state[p] = {k: f.get_tensor(f"{k}.{name}").to(p.device) for k in ("step", "exp_avg", "exp_avg_sq")}
+        for name, p in reference.live.named_parameters() if isinstance(reference, MovingReference) else ():
+            p.data.copy_(f.get_tensor("reference." + name))
         torch.set_rng_state(f.get_tensor("rng"))
     return state["step"], state["running"]
 
 
-def resume(out, record, policy, optimizer):
+def resume(out, record, policy, optimizer, reference):
     old = json.loads((out / "config.json").read_text())
-    fixed = ({f.name for f in fields(Config)} | {"beta", "lambda_d", "lambda_u", "z0"}) - MAY_CHANGE
+    fixed = set(record) - MAY_CHANGE - {"origin", "processes", "versions", "commit"}
     changed = [f"{k} was {old[k]}, is {record[k]}" for k in sorted(fixed) if k in old and k in record and old[k] != record[k]]
     if changed:
         raise SystemExit(f"--resume: settings changed since {out} was started: {'; '.join(changed)}")
-    return load_checkpoint(out / "checkpoint", policy, optimizer)
+    return load_checkpoint(out / "checkpoint", policy, optimizer, reference)
 
 
 RUN_FILES = ("config.json", "metrics.jsonl", "curves.png", "frontier.png", "samples.md", "eval.json", "checkpoint", "model", "targets.json")
@@ -1118,7 +1149,7 @@ def _typed(name, text, default):
         value = (float if default is None else type(default))(text)
     except ValueError:
         raise SystemExit(f"--{name} {text}: expected {'a whole number' if isinstance(default, int) else 'a number'}") from None
-    if isinstance(value, float) and not math.isfinite(value):
+    if isinstance(value, float) and not math.isfinite(value) and (name, value) != ("clamp", math.inf):        # WPO: inf is no clamp
         raise SystemExit(f"--{name} {text}: expected a finite number")
     return value
 
@@ -1149,6 +1180,8 @@ def _check(cfg, hyper, typed):
             raise SystemExit(f"--{name}: needs --data FILE; the embedded world brings its own")
     if "tokenizer" in typed and cfg.model:
         raise SystemExit("--tokenizer: --model brings its own tokenizer; the flag is for the small GPT")
+    if not 0 < hyper.get("ref_mix", 1.0) <= 1 or hyper.get("ref_every", 1) < 1:
+        raise SystemExit(f"--ref_mix {hyper['ref_mix']} --ref_every {hyper['ref_every']}: the share must be in (0, 1], the steps at least 1")
     if hyper.get("slic_target", "sample") not in ("sample", "chosen", "data"):
         raise SystemExit(f"--slic_target {hyper['slic_target']}: valid are sample, chosen, data")
     if "auto" not in hyper.values():

@@ -308,6 +308,30 @@ def test_slics_target_is_sampled_once_or_the_chosen_response_or_read_from_the_da
     assert len(metrics(tmp_path / "sample")) == 4
 
 
+def test_tr_dpo_with_a_hard_copy_after_every_step_always_starts_again_at_log_2(pairs, tmp_path):
+    """The first step is DPO's; then policy and reference are equal at every step. And a reference that never moves is DPO."""
+    run(*pair_flags(pairs, tmp_path / "hard", "tr_dpo", "--ref_mix", 1, "--ref_every", 1))
+    m = metrics(tmp_path / "hard")
+    assert m[0]["logratios/max"] > 1 and all(x["loss"] == pytest.approx(math.log(2), abs=1e-12) for x in m[1:])
+    run(*pair_flags(pairs, tmp_path / "never", "tr_dpo", "--ref_every", 1000))
+    run(*pair_flags(pairs, tmp_path / "dpo", "dpo"))
+    assert largest_difference(weights(tmp_path / "never"), weights(tmp_path / "dpo")) < 1e-10
+
+
+def test_tr_dpo_is_the_same_on_any_split_and_resumes_with_its_reference(pairs, tmp_path, monkeypatch):
+    soft = ("--ref_every", 2, "--save_every", 3)
+    run(*pair_flags(pairs, tmp_path / "one", "tr_dpo", *soft))
+    done = torchrun(2, *pair_flags(pairs, tmp_path / "two", "tr_dpo", "--micro_batch_size", 2, *soft))
+    assert done.returncode == 0 and largest_difference(weights(tmp_path / "one"), weights(tmp_path / "two")) < 1e-10, done.stderr[-2000:]
+    real = train.train_step
+    with monkeypatch.context() as m:
+        m.setattr(train, "train_step", lambda p, r, o, b, *a, **k: real(p, r, o, b, *a, **k) if b.step < 5 else 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            run(*pair_flags(pairs, tmp_path / "parts", "tr_dpo", *soft))
+    run(*pair_flags(pairs, tmp_path / "parts", "tr_dpo", "--resume", *soft))
+    assert (tmp_path / "one/model/model.safetensors").read_bytes() == (tmp_path / "parts/model/model.safetensors").read_bytes()
+
+
 def test_a_sum_is_the_sum_and_a_flag_sets_all_terms_that_have_it(pairs, tmp_path):
     run(*pair_flags(pairs, tmp_path / "sum", "dpo + 0.25*simpo", "--beta", 0.3, steps=1))
     for name in ("dpo", "simpo"):

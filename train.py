@@ -31,7 +31,7 @@ import tempfile
 import threading
 import time
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -63,6 +63,8 @@ LOSSES = {"sft": token_nll_loss, **kto.LOSSES, **{n: f for n, f in dpo_variants.
 RECIPES = {   # no new curve: a loss, with another mask or another reference, and the flags that brings
     "ld_dpo": dict(loss="dpo", mask="ld", flags={"ld_alpha": 0.5}),             # Liu et al. 2024, arXiv 2409.06411
     "tr_dpo": dict(loss="dpo", reference="moving", flags={"ref_mix": 0.6, "ref_every": 512}),   # Gorbatovski et al. 2024, arXiv 2404.09656
+    "sdpo_stepwise": dict(loss="dpo", stages="easy first", flags={"stages": 2}),              # Kim et al. 2024, arXiv 2403.19270
+    "spin": dict(loss="dpo", stages="self-play", flags={"stages": 3}),                        # Chen et al. 2024, arXiv 2401.01335
     "dpo_reference_free": dict(loss="dpo", reference="none", flags={}),         # reference log-probs of 0: a uniform reference
 }
 REFERENCE = {"logratios", "kl_logratios", "chosen_logratios", "rejected_logratios", "ref_chosen_logps", "ref_rejected_logps",
@@ -495,19 +497,21 @@ def run(argv):
     cfg, hyper, origin = settings(argv)
     out = Path(cfg.out)
     check_out(out, cfg)
-    paired = is_paired(signature(find_loss(cfg.loss))[0])
-    source = file_source(cfg, paired) if cfg.data else world_source(cfg, paired)
+    loss, z0, recipe, stages = find_loss(cfg.loss), hyper.get("z0"), RECIPES.get(cfg.loss, {}), hyper.get("stages", 1)
+    paired, self_play = is_paired(signature(loss)[0]), recipe.get("stages") == "self-play"
+    source = file_source(cfg, paired and not self_play) if cfg.data else world_source(cfg, paired and not self_play, expert=self_play)
     group = Group.join(cfg.device)
-    loss, z0, recipe = find_loss(cfg.loss), hyper.get("z0"), RECIPES.get(cfg.loss, {})
     units = examples_for(loss, recipe, source, cfg, hyper)
-    cfg.batch_size = min(cfg.batch_size, len(units))
-    cfg.steps = cfg.steps or max(1, math.ceil(cfg.epochs * data.steps_per_epoch(len(units), cfg.batch_size)))
+    per_stage = len(units) // stages if recipe.get("stages") == "easy first" else len(units)
+    if per_stage < 1:
+        raise SystemExit(f"--stages {stages}: there are only {len(units)} pairs")
+    cfg.batch_size = min(cfg.batch_size, per_stage)
+    cfg.steps = cfg.steps or max(1, math.ceil(cfg.epochs * data.steps_per_epoch(per_stage, cfg.batch_size)))      # of each stage
     n_d, n_u = (sum(row.desirable is side for u in units for row in u) for side in (True, False))
     balance = set_lambdas(hyper, n_d, n_u, cfg.lambda_ratio)
     own, hyper = hyper, {k: v for k, v in hyper.items() if k in signature(loss)[1]}
     task = Task(cfg, group, loss, hyper, z0, source.tokenizer.eot)
-    prompts = [u[0].prompt_key for u in units]
-    if task.needs_partners and len(set(prompts)) < 2:
+    if task.needs_partners and len({u[0].prompt_key for u in units}) < 2:
         raise SystemExit(f"--data {' '.join(cfg.data)}: all rows have one prompt, as the model sees it (--max_prompt_len {cfg.max_prompt_len}); "
                          "z0 is estimated from mismatched pairs, which need two: give --z0 zero or more prompts")
     announce(source, task, {**own, **{k: getattr(cfg, k) for k in ("lr", "steps", "batch_size", "dtype", "seed")}}, origin, balance)
@@ -525,31 +529,37 @@ def run(argv):
     if source.tokenizer.vocab_size > policy.vocab_size:
         raise SystemExit(f"--model {cfg.init}: its tokenizer has {source.tokenizer.vocab_size} tokens, its embedding only {policy.vocab_size}")
     use_threads(policy)
-    if own.get("slic_target") == "sample":
-        units = sampled_targets(units, out / "targets.json", cfg, group, source.tokenizer)
-    zero, reference = recipe.get("reference") == "none", None
-    if recipe.get("reference") == "moving":
-        reference = MovingReference(units, cfg, group, own["ref_mix"], own["ref_every"])
-    elif task.needs_reference:
-        reference = NoReference(len(units[0])) if zero else Reference(units, cfg, group)
     group.say(f"policy: {cfg.init}, {sum(p.numel() for p in policy.parameters()):,} weights"
               + ("" if policy.flat else " (rows are padded: this architecture does not keep flat ones apart)")
-              + (f" | reference: {cfg.ref}" if reference and not zero else " | no reference needed"))
+              + (f" | reference: {cfg.ref}" if task.needs_reference and recipe.get("reference") != "none" else " | no reference needed")
+              + (f" | {stages} stages of {cfg.steps} steps, each against the policy of the one before" if stages > 1 else ""))
     seconds = {"base": time.perf_counter() - clock}
-    optimizer = make_optimizer(policy, cfg)
     record = {**asdict(cfg), **own, "task": source.task, "origin": origin, "n_desirable": n_d, "n_undesirable": n_u,
               "processes": group.size, "versions": {"torch": torch.__version__, "python": sys.version.split()[0], "numpy": np.__version__}, "commit": git_commit()}
-    record = json.loads(json.dumps(record))                                     # as it will be read back
-    apart = zero or Path(cfg.init).resolve() != Path(cfg.ref).resolve()
-    if cfg.dry_run:
-        return dry_run(policy, reference, optimizer, units, prompts, task, apart)
-    start, running = resume(out, record, policy, optimizer, reference) if cfg.resume else (0, {})
-    if group.rank == 0:
-        prepare_out(out, record, start, cfg)
+    record, done, running = json.loads(json.dumps(record)), 0, {}                # as it will be read back
+    if cfg.resume:
+        refuse_changes(out, record)
+        done, running = load_checkpoint(out / "checkpoint", policy)              # steps done, over all stages
+    if group.rank == 0 and not cfg.dry_run:
+        prepare_out(out, record, done, cfg)
     group.barrier()
 
     clock = time.perf_counter()
-    loop(policy, reference, optimizer, units, prompts, task, source, range(start, cfg.steps), running, apart)
+    for stage in range(done // cfg.steps, stages):
+        first = max(0, done - stage * cfg.steps)
+        if stage and group.rank == 0 and not (out / f"stage-{stage}").exists():
+            policy.save(out / f"stage-{stage}", eot=task.eot)                    # what this stage is compared with: the last one's policy
+        group.barrier()
+        task.cfg = replace(cfg, ref=str(out / f"stage-{stage}") if stage else cfg.ref)
+        some = stage_units(units, stage, stages, recipe, own, task, source.tokenizer, cfg.ref)
+        reference, optimizer = reference_for(some, recipe, own, task), make_optimizer(policy, cfg)
+        if first:
+            load_checkpoint(out / "checkpoint", policy, optimizer, reference)
+        prompts = [u[0].prompt_key for u in some]
+        apart = stage == 0 and (recipe.get("reference") == "none" or Path(cfg.init).resolve() != Path(cfg.ref).resolve())
+        if cfg.dry_run:
+            return dry_run(policy, reference, optimizer, some, prompts, task, apart)
+        loop(policy, reference, optimizer, some, prompts, task, source, range(first, cfg.steps), running, apart, stage, stages)
     seconds["align"] = time.perf_counter() - clock
     if group.rank == 0:
         policy.save(out / "model", eot=source.tokenizer.eot)
@@ -558,10 +568,53 @@ def run(argv):
     group.barrier()
 
 
+def reference_for(units, recipe, own, task):
+    """What this stage compares with, as the recipe says; None where the loss names no reference."""
+    if recipe.get("reference") == "none":
+        return NoReference(len(units[0]))
+    if recipe.get("reference") == "moving":
+        return MovingReference(units, task.cfg, task.group, own["ref_mix"], own["ref_every"])
+    return Reference(units, task.cfg, task.group) if task.needs_reference else None
+
+
+def stage_units(units, stage, stages, recipe, own, task, tokenizer, first_ref):
+    """The examples of one stage. Easy first: chunks of the pairs, in the order in which the first reference prefers them, by log pi_ref(y_w|x)
+    - log pi_ref(y_l|x). Self-play: a rejected response to every prompt, sampled from the opponent, which is the last stage's policy."""
+    cfg, group, out = task.cfg, task.group, Path(task.cfg.out)
+    if recipe.get("stages") == "easy first":
+        logps = Reference(units, replace(cfg, ref=first_ref), group)._score(units, len(units), "ordering by difficulty")
+        order = (logps[:, 1] - logps[:, 0]).argsort(stable=True).tolist()
+        return [units[i] for i in order[stage * len(units) // stages:(stage + 1) * len(units) // stages]]
+    if recipe.get("stages") == "self-play":
+        return with_samples(units, out / f"stage-{stage}-samples.json", task, tokenizer, desirable=False)
+    if own.get("slic_target") == "sample":
+        return with_samples(units, out / "targets.json", task, tokenizer, desirable=True)
+    return units
+
+
+def with_samples(units, path, task, tokenizer, desirable):
+    """To each unit one response more, sampled from the reference at temperature 1, once, and kept with the run: SLiC's y_ref, SPIN's y'."""
+    cfg, group = task.cfg, task.group
+    if cfg.dry_run:                                                             # another row's response, for an estimate of the cost
+        return [(*u, units[i - 1][0]) for i, u in enumerate(units)]
+    prompts = [u[0].ids[:u[0].n_prompt].tolist() for u in units]
+    if group.rank == 0 and not path.is_file():
+        responses, reference = [], frozen_reference(cfg, group)
+        with group.bar(len(prompts), "sampling from the reference") as bar:
+            for i in range(0, len(prompts), 512):
+                responses += reference.generate(prompts[i:i + 512], eot=tokenizer.eot, max_new_tokens=cfg.max_len, room=cfg.max_len, seed=[cfg.seed, 7, i])
+                bar.update(len(responses) - i)
+        path.with_suffix(".tmp").write_text(json.dumps(responses))
+        os.replace(path.with_suffix(".tmp"), path)
+    group.barrier()
+    return [(*u, data.make_row(p, r, desirable=desirable, where=u[0].where)) for u, p, r in zip(units, prompts, json.loads(path.read_text()))]
+
+
 def examples_for(loss, recipe, source, cfg, hyper):
     """The units this loss learns from, checked for what its signature asks of the data, and with the recipe's mask."""
     wants, units = signature(loss)[0], source.units
-    if not is_paired(wants) and "desirable" not in wants:                       # a loss that knows no labels imitates: good rows only
+    imitates = recipe.get("stages") == "self-play" or not is_paired(wants) and "desirable" not in wants
+    if imitates:                                                                # it knows no labels: good rows only
         units = [u for u in units if u[0].desirable]
         if not units:
             raise SystemExit(f"--loss {cfg.loss}: learns from desirable rows only, and there are none ({data.counts_line(source.counts)})")
@@ -578,9 +631,10 @@ def examples_for(loss, recipe, source, cfg, hyper):
     return [data.length_desensitised(u, hyper["ld_alpha"]) for u in units] if recipe.get("mask") == "ld" else units
 
 
-def loop(policy, reference, optimizer, units, prompts, task, source, steps, running, apart):
-    """The steps of one run, with what they leave behind: metrics.jsonl, checkpoints, a progress bar. Ctrl-C saves and stops."""
+def loop(policy, reference, optimizer, units, prompts, task, source, steps, running, apart, stage=0, stages=1):
+    """The steps of one stage, with what they leave behind: metrics.jsonl, checkpoints, a progress bar. Ctrl-C saves and stops."""
     cfg, group, out, stop, bar = task.cfg, task.group, Path(task.cfg.out), [], None
+    before, total = stage * cfg.steps, stages * cfg.steps
     handlers = {s: signal.signal(s, lambda *_: stop.append(1)) for s in (signal.SIGINT, signal.SIGTERM)} if in_main_thread() else {}
     log = open(out / "metrics.jsonl" if group.rank == 0 else os.devnull, "a")
     try:
@@ -590,13 +644,15 @@ def loop(policy, reference, optimizer, units, prompts, task, source, steps, runn
             if isinstance(reference, MovingReference):
                 reference.after_step(policy, step)
             # -------------------------------------------------------------------------- everything below is diagnostics
+            done = m["step"] = before + step
+            done += 1
             if step == 0:
                 group.say(check_first_step(m, predicted_first_loss(batch, units, task), cfg, apart))
             if cfg.eval_every and (step + 1) % cfg.eval_every == 0 and group.rank == 0:
                 m |= {f"eval/{k}": v for k, v in source.quick(policy, frozen_reference(cfg, group)).items()}
             log.write(json.dumps(m) + "\n")
             log.flush()
-            bar = bar or group.bar(cfg.steps, f"{cfg.loss}, step", initial=step)
+            bar = bar or group.bar(total, f"{cfg.loss}, step", initial=before + step)
             bar.update()
             if (step + 1) % cfg.log_every == 0:
                 bar.set_postfix_str(f"loss {m['loss']:.3f}" + (f" margin {m['rewards/margins']:.2f}" if m.get("rewards/margins") is not None else ""),
@@ -604,10 +660,10 @@ def loop(policy, reference, optimizer, units, prompts, task, source, steps, runn
             stopped = bool(group.sum(torch.tensor(float(len(stop)))))                # all ranks stop after the same step
             if stopped or (step + 1) % cfg.save_every == 0 or step + 1 == cfg.steps:
                 if group.rank == 0:
-                    save_checkpoint(out / "checkpoint", policy, optimizer, step + 1, running, reference)
+                    save_checkpoint(out / "checkpoint", policy, optimizer, done, running, reference)
                 group.barrier()
-            if stopped and step + 1 < cfg.steps:
-                raise SystemExit(f"stopped after step {step + 1} of {cfg.steps}; {out}/checkpoint has it, the same command with --resume goes on")
+            if stopped and done < total:
+                raise SystemExit(f"stopped after step {done} of {total}; {out}/checkpoint has it, the same command with --resume goes on")
     finally:
         for s, handler in handlers.items():
             signal.signal(s, handler)
@@ -649,24 +705,6 @@ def set_lambdas(hyper, n_d, n_u, ratio):
     return f"lambdas: {n_d:,} desirable, {n_u:,} undesirable -> lambda_d {d:.4g}, lambda_u {u:.4g}; lambda_d n_d / (lambda_u n_u) = {reached}"
 
 
-def sampled_targets(units, path, cfg, group, tokenizer):
-    """SLiC's y_ref: one response per prompt, sampled from the reference once and kept with the run.   (chosen, rejected) -> + (target,)"""
-    prompts = [u[0].ids[:u[0].n_prompt].tolist() for u in units]
-    if cfg.dry_run:
-        return [(*u, u[0]) for u in units]                                      # as many tokens, near enough, for an estimate
-    if group.rank == 0 and not (cfg.resume and path.is_file()):
-        responses, reference = [], frozen_reference(cfg, group)
-        with group.bar(len(prompts), "sampling targets") as bar:
-            for i in range(0, len(prompts), 512):
-                responses += reference.generate(prompts[i:i + 512], eot=tokenizer.eot, max_new_tokens=cfg.max_len, room=cfg.max_len, seed=[cfg.seed, 7, i])
-                bar.update(len(responses) - i)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.with_suffix(".tmp").write_text(json.dumps(responses))
-        os.replace(path.with_suffix(".tmp"), path)
-    group.barrier()
-    return [(*u, data.make_row(p, r, where=u[0].where)) for u, p, r in zip(units, prompts, json.loads(path.read_text()))]
-
-
 def dry_run(policy, reference, optimizer, units, prompts, task, apart):
     """The first step without the update, then what the whole run would cost."""
     cfg, group, steps = task.cfg, task.group, task.cfg.steps
@@ -706,7 +744,7 @@ class Source:
     report: object                                # (policy, reference, seconds): eval.json, pictures, the end of the story
 
 
-def world_source(cfg, paired):
+def world_source(cfg, paired, expert=False):
     """The embedded help desk: a base model, pairs or thumbs from its annotator, a judge that knows the true utility."""
     tokenizer = data.Tokenizer(world.tokenizer())
     cfg.max_len = min(cfg.max_len, world.MODEL["context"])
@@ -716,7 +754,10 @@ def world_source(cfg, paired):
         return data.encode(examples, tokenizer, max_len=cfg.max_len, max_prompt_len=cfg.max_prompt_len, **how)
 
     pairs = world.pairs(world.N_PAIRS, cfg.seed)
-    if paired:
+    if expert:                                                                  # SPIN imitates: replies of a good help desk
+        rows, counts = encode(data.Feedback(p, r, True) for p, r in world.dialogues(world.N_EXPERT, cfg.seed + 2, "expert"))
+        units = [(r,) for r in rows]
+    elif paired:
         units, counts = encode(data.Pair(**p, where=f"world: pair {i}") for i, p in enumerate(pairs))
     else:
         rows, counts = encode(data.Feedback(t["prompt"], t["completion"], t["label"]) for t in world.thumbs(pairs, cfg.seed))
@@ -730,7 +771,7 @@ def world_source(cfg, paired):
     def judge(policy, reference, **how):
         return evaluate.evaluate_world(policy, reference, tokenizer, seed=cfg.seed, **how)
 
-    feedback = f"{counts['pairs']:,} pairs" if paired else f"{counts['desirable']:,} thumbs up and {counts['undesirable']:,} thumbs down"
+    feedback = f"{counts['read']:,} replies of an expert" if expert else f"{counts['pairs']:,} pairs" if paired else f"{counts['desirable']:,} thumbs up and {counts['undesirable']:,} thumbs down"
     story = ("task: a help desk learns what its customers like. The true utility of every reply is known, so the result can be checked.\n"
              "      A base model is pretrained and fine-tuned on replies good and bad: the reference. Then alignment starts from it, with\n"
              f"      {feedback}. All in all about a minute on 2 cores.")
@@ -869,8 +910,8 @@ def save_checkpoint(folder, policy, optimizer, step, running, reference=None):
         old.unlink()
 
 
-def load_checkpoint(folder, policy, optimizer, reference=None):
-    """(next step, running means); policy, optimiser and a moving reference are filled in place."""
+def load_checkpoint(folder, policy, optimizer=None, reference=None):
+    """(steps done, running means); policy, optimiser and a moving reference are filled in place."""
     files = sorted(folder.glob("step-*.safetensors"))
     if not files:
         return 0, {}
@@ -881,7 +922,7 @@ def load_checkpoint(folder, policy, optimizer, reference=None):
             if "policy." + name not in names:
                 raise SystemExit(f"--resume: {files[-1]} has no tensor for {name}: it belongs to another model")
             p.data.copy_(f.get_tensor("policy." + name))
-            if "exp_avg." + name in names:
+            if optimizer is not None and "exp_avg." + name in names:
                 optimizer.state[p] = {k: f.get_tensor(f"{k}.{name}").to(p.device) for k in ("step", "exp_avg", "exp_avg_sq")}
         for name, p in reference.live.named_parameters() if isinstance(reference, MovingReference) else ():
             p.data.copy_(f.get_tensor("reference." + name))
@@ -889,13 +930,12 @@ def load_checkpoint(folder, policy, optimizer, reference=None):
     return state["step"], state["running"]
 
 
-def resume(out, record, policy, optimizer, reference):
+def refuse_changes(out, record):
     old = json.loads((out / "config.json").read_text())
     fixed = set(record) - MAY_CHANGE - {"origin", "processes", "versions", "commit"}
     changed = [f"{k} was {old[k]}, is {record[k]}" for k in sorted(fixed) if k in old and k in record and old[k] != record[k]]
     if changed:
         raise SystemExit(f"--resume: settings changed since {out} was started: {'; '.join(changed)}")
-    return load_checkpoint(out / "checkpoint", policy, optimizer, reference)
 
 
 RUN_FILES = ("config.json", "metrics.jsonl", "curves.png", "frontier.png", "samples.md", "eval.json", "checkpoint", "model", "targets.json")
@@ -917,7 +957,7 @@ def check_out(out, cfg):
 
 def prepare_out(out, record, start, cfg):
     if not cfg.resume:
-        for path in (out / name for name in RUN_FILES if name != "targets.json"):              # the targets were sampled just now
+        for path in [*(out / name for name in RUN_FILES), *out.glob("stage-*")]:
             shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
     out.mkdir(parents=True, exist_ok=True)
     lines = (out / "metrics.jsonl").read_text().splitlines() if start else []
@@ -1180,6 +1220,8 @@ def _check(cfg, hyper, typed):
             raise SystemExit(f"--{name}: needs --data FILE; the embedded world brings its own")
     if "tokenizer" in typed and cfg.model:
         raise SystemExit("--tokenizer: --model brings its own tokenizer; the flag is for the small GPT")
+    if hyper.get("stages", 1) < 1:
+        raise SystemExit(f"--stages {hyper['stages']}: must be at least 1")
     if not 0 < hyper.get("ref_mix", 1.0) <= 1 or hyper.get("ref_every", 1) < 1:
         raise SystemExit(f"--ref_mix {hyper['ref_mix']} --ref_every {hyper['ref_every']}: the share must be in (0, 1], the steps at least 1")
     if hyper.get("slic_target", "sample") not in ("sample", "chosen", "data"):

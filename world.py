@@ -540,6 +540,7 @@ MODEL = dict(n_layer=2, n_head=4, d_model=64, context=80)
 BASE = dict(pretrain=dict(steps=500, batch_size=32, lr=8e-3, warmup=20, weight_decay=0.1),
             sft=dict(steps=400, batch_size=32, lr=4e-3, warmup=20, weight_decay=0.1))
 N_PAIRS = 8000
+N_EXPERT = 1500
 SETTINGS = {  # defaults per loss; the command line comes before, the loss's own signature after
     "kto": dict(lr=5e-4, steps=400, batch_size=32, beta=0.5),
     "kto_uniform": dict(lr=3e-4, steps=400, batch_size=32, beta=0.05, lambda_d=1.75),  # larger beta or lambda_d = 1: it collapses
@@ -554,4 +555,6 @@ SETTINGS = {  # defaults per loss; the command line comes before, the loss's own
         "orpo": dict(lam=1.0), "simpo": dict(beta=10.0, gamma=1.0), "alphapo": dict(beta=10.0, gamma=1.0), "cpo": dict(beta=0.1),
         "sigmoid_norm": dict(beta=10.0), "sppo": dict(beta=0.2), "sppo_hard": dict(beta=0.2), "aot": dict(beta=0.5),
         "aot_unpaired": dict(beta=0.5), "slic": dict(lam=0.5), "dpop": dict(beta=0.5, lam=5.0)}.items()},
+    "spin": dict(lr=5e-4, steps=80, batch_size=16, beta=1.0, stages=4),              # of each stage; beta < 1/2 overshoots (its fixed points)
+    "sdpo_stepwise": dict(lr=5e-4, steps=200, batch_size=16, beta=1.0, stages=2),    # two steps of beta are one of beta / 2
 }

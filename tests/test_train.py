@@ -206,8 +206,8 @@ PAIRED = [n for n, f in train.LOSSES.items() if train.is_paired(train.signature(
 @pytest.mark.parametrize("loss", [*PAIRED, *train.RECIPES, "dpo + 0.1*sft"])
 def test_every_paired_loss_and_recipe_trains(pairs, tmp_path, loss):
     run(*pair_flags(pairs, tmp_path / "run", loss, steps=3))
-    m = metrics(tmp_path / "run")
-    assert len(m) == 3 and all(math.isfinite(x["loss"]) and x["grad_norm"] > 0 for x in m)
+    m, stages = metrics(tmp_path / "run"), train.RECIPES.get(loss, {"flags": {}})["flags"].get("stages", 1)
+    assert [x["step"] for x in m] == list(range(3 * stages)) and all(math.isfinite(x["loss"]) and x["grad_norm"] > 0 for x in m)
     assert json.loads((tmp_path / "run" / "eval.json").read_text())["train"]["n"] == 52
 
 
@@ -330,6 +330,64 @@ def test_tr_dpo_is_the_same_on_any_split_and_resumes_with_its_reference(pairs, t
             run(*pair_flags(pairs, tmp_path / "parts", "tr_dpo", *soft))
     run(*pair_flags(pairs, tmp_path / "parts", "tr_dpo", "--resume", *soft))
     assert (tmp_path / "one/model/model.safetensors").read_bytes() == (tmp_path / "parts/model/model.safetensors").read_bytes()
+
+
+def same_start(pairs, out, loss, *more, steps):
+    words = pair_flags(pairs, out, loss, *more, steps=steps)
+    words[words.index("--init") + 1] = pairs / "ref"
+    return words
+
+
+@pytest.mark.parametrize("loss", ["sdpo_stepwise", "spin"])
+def test_every_stage_is_compared_with_the_policy_of_the_one_before(pairs, tmp_path, loss):
+    """So its first loss is log 2 and its first log-ratios are 0, although the policy has moved; and the weights of stage k are those in stage-k."""
+    run(*same_start(pairs, tmp_path / "run", loss, "--stages", 3, steps=3))
+    m = metrics(tmp_path / "run")
+    for first in (0, 3, 6):
+        assert m[first]["loss"] == pytest.approx(math.log(2), abs=1e-12) and m[first]["logratios/max"] < 1e-9
+    assert m[2]["logratios/max"] > 0.01 and (tmp_path / "run" / "stage-2").is_dir() and not (tmp_path / "run" / "stage-3").exists()
+    one = tmp_path / "one"
+    run(*same_start(pairs, one, loss, "--stages", 1, steps=3))
+    if loss == "spin":                                             # all of stepwise's pairs would be in its only chunk
+        stage = load_file(tmp_path / "run" / "stage-1" / "model.safetensors")
+        assert largest_difference(stage, weights(one)) == 0
+
+
+def test_spins_rejected_responses_are_the_opponents_own_samples(pairs, tmp_path):
+    run(*same_start(pairs, tmp_path / "run", "spin", "--stages", 2, steps=2))
+    rows, _ = data.encode(data.read(pairs / "pairs.jsonl")[0], data.load_tokenizer(), max_len=64)
+    prompts = [p[0].ids[:p[0].n_prompt].tolist() for p in rows]
+    for stage, folder in ((0, pairs / "ref"), (1, tmp_path / "run" / "stage-1")):
+        opponent = model.load_policy(folder, dtype=torch.float64)
+        kept = json.loads((tmp_path / "run" / f"stage-{stage}-samples.json").read_text())
+        assert kept == opponent.generate(prompts, eot=256, max_new_tokens=64, room=64, seed=[3, 7, 0])
+
+
+def test_stepwise_chunks_are_disjoint_and_go_from_what_the_reference_prefers_to_what_it_does_not(pairs, tmp_path, monkeypatch):
+    seen, real = [], train.stage_units
+    monkeypatch.setattr(train, "stage_units", lambda *a: seen.append(real(*a)) or seen[-1])
+    run(*same_start(pairs, tmp_path / "run", "sdpo_stepwise", "--stages", 3, steps=1))
+    reference = model.load_policy(pairs / "ref", dtype=torch.float64)
+    cfg = train.settings([str(w) for w in flags(pairs, "unused")])[0]
+    margins = [(lambda x: x[:, 0] - x[:, 1])(train.score(reference, chunk, cfg, torch.device("cpu"))) for chunk in seen]
+    assert margins[0].min() >= margins[1].max() and margins[1].min() >= margins[2].max()
+    assert len({pair[0].where for chunk in seen for pair in chunk}) == 26 and [len(c) for c in seen] == [8, 9, 9]
+
+
+@pytest.mark.parametrize("loss", ["sdpo_stepwise", "spin"])
+@pytest.mark.parametrize("dies_at", [2, 3, 4])
+def test_stages_resume_in_any_of_them_with_the_same_bytes(pairs, tmp_path, monkeypatch, loss, dies_at):
+    """Killed in the first stage, right after it (checkpoint written, next stage not begun), and in the second."""
+    how = ("--stages", 2, "--save_every", 1)
+    run(*same_start(pairs, tmp_path / "whole", loss, *how, steps=3))
+    real, count = train.train_step, []
+    with monkeypatch.context() as m:
+        m.setattr(train, "train_step", lambda *a, **k: count.append(1) or (real(*a, **k) if len(count) <= dies_at else 1 / 0))
+        with pytest.raises(ZeroDivisionError):
+            run(*same_start(pairs, tmp_path / "parts", loss, *how, steps=3))
+    run(*same_start(pairs, tmp_path / "parts", loss, *how, "--resume", steps=3))
+    assert (tmp_path / "whole/model/model.safetensors").read_bytes() == (tmp_path / "parts/model/model.safetensors").read_bytes()
+    assert [x["step"] for x in metrics(tmp_path / "parts")] == list(range(6))
 
 
 def test_a_sum_is_the_sum_and_a_flag_sets_all_terms_that_have_it(pairs, tmp_path):

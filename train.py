@@ -109,6 +109,7 @@ class Config:
     lambda_ratio: float = flag(4 / 3, "what `auto` makes of lambda_d n_d / (lambda_u n_u), in [1, 1.5]")
     pretrain_steps: int = flag(500, "embedded world: steps of the base model's pretraining")
     sft_steps: int = flag(400, "small GPT: steps of supervised fine-tuning before alignment; with --data on the desirable responses")
+    flip: float = flag(0.0, "embedded world: share of its annotator's labels that are flipped")
     eval_every: int = flag(0, "steps between evaluations on the tuning prompts (0: only at the end)")
     save_every: int = flag(100, "steps between checkpoints")
     log_every: int = flag(1, "steps between progress updates")
@@ -753,7 +754,7 @@ def world_source(cfg, paired, expert=False):
     def encode(examples, **how):
         return data.encode(examples, tokenizer, max_len=cfg.max_len, max_prompt_len=cfg.max_prompt_len, **how)
 
-    pairs = world.pairs(world.N_PAIRS, cfg.seed)
+    pairs = world.pairs(world.N_PAIRS, cfg.seed, flip=cfg.flip)
     if expert:                                                                  # SPIN imitates: replies of a good help desk
         rows, counts = encode(data.Feedback(p, r, True) for p, r in world.dialogues(world.N_EXPERT, cfg.seed + 2, "expert"))
         units = [(r,) for r in rows]
@@ -1209,6 +1210,10 @@ def _check(cfg, hyper, typed):
             raise SystemExit(f"--{name} {hyper[name]}: must be >= 0 or auto")
     if not 1 <= cfg.lambda_ratio <= 1.5:
         raise SystemExit(f"--lambda_ratio {cfg.lambda_ratio}: KTO's Eq. 9 asks for a ratio in [1, 1.5]")
+    if not 0 <= cfg.flip <= 1:
+        raise SystemExit(f"--flip {cfg.flip}: a share, from 0 to 1")
+    if "flip" in typed and cfg.data:
+        raise SystemExit("--flip: belongs to the embedded world; --data brings its own labels")
     if cfg.dtype not in DTYPES:
         raise SystemExit(f"--dtype {cfg.dtype}: valid are {', '.join(DTYPES)}")
     if "steps" in typed and cfg.steps < 1:

@@ -231,6 +231,13 @@ def score(policy, units, cfg, device):
     return torch.cat(parts) if parts else torch.zeros(0, 1, dtype=torch.float64)
 
 
+def score_over_ranks(policy, units, cfg, group):
+    """The same for one global batch, each rank scoring its share; the whole table on every rank.   -> (B, S)"""
+    table = torch.zeros(len(units), len(units[0]), dtype=torch.float64)
+    table[group.rank::group.size] = score(policy, units[group.rank::group.size], cfg, group.device)
+    return group.sum(table)
+
+
 class Reference:
     """Log-probs of the frozen reference: of (x, y) once per data set, of (x, y') once per epoch, since partners are drawn anew.
 
@@ -295,9 +302,7 @@ class MovingReference(Reference):
         self.mix, self.every = mix, every
 
     def matched(self, batch):
-        share, table = batch.rows[self.group.rank::self.group.size], torch.zeros(len(batch.rows), len(self.units[0]), dtype=torch.float64)
-        table[self.group.rank::self.group.size] = score(self.live, [self.units[i] for i in share], self.cfg, self.group.device)
-        return self.group.sum(table)
+        return score_over_ranks(self.live, [self.units[i] for i in batch.rows], self.cfg, self.group)
 
     def after_step(self, policy, step):
         if (step + 1) % self.every == 0:
@@ -334,26 +339,19 @@ def on_policy_units(policy, rows, task, seed):
 def measure_shared(policy, reference, batch, units, task, running):
     """What must be known of the WHOLE global batch before the first backward, by name; no gradient, equal on every rank."""
     cfg, group, wants, shared = task.cfg, task.group, set(task.wants), {}
-
-    def over_ranks(some, scorer=policy):
-        """log pi of all these units, each rank scoring its share.   (B, S)"""
-        table = torch.zeros(len(some), len(some[0]), dtype=torch.float64)
-        table[group.rank::group.size] = score(scorer, some[group.rank::group.size], cfg, group.device)
-        return group.sum(table)
-
     if "kl_logratios" in wants and task.z0 == "on_policy":                # E_{y ~ pi} log pi / pi_ref, one sample per prompt: unbiased
         own = on_policy_units(policy, [units[i][0] for i in batch.rows], task, seed=[cfg.seed, batch.step])
-        shared["kl_logratios"] = (over_ranks(own) - over_ranks(own, reference.live))[:, 0]
+        shared["kl_logratios"] = (score_over_ranks(policy, own, cfg, group) - score_over_ranks(reference.live, own, cfg, group))[:, 0]
     elif "kl_logratios" in wants and task.z0 != "estimate":
         shared["kl_logratios"] = torch.tensor([] if task.z0 == "zero" else [task.z0], dtype=torch.float64)
     elif {"kl_logratios", "entropy"} & wants:
-        kl_logps = over_ranks(mismatched_units(units, batch, cfg))[:, 0]
+        kl_logps = score_over_ranks(policy, mismatched_units(units, batch, cfg), cfg, group)[:, 0]
         if "kl_logratios" in wants:
             shared["kl_logratios"] = kl_logps - reference.mismatched(batch)
         if "entropy" in wants:
             shared["entropy"] = -kl_logps.mean()
     if {"reward_shift", "margin_mean", "batch_margin_mean"} & wants:
-        ratios = over_ranks([units[i] for i in batch.rows]) - reference.matched(batch)
+        ratios = score_over_ranks(policy, [units[i] for i in batch.rows], cfg, group) - reference.matched(batch)
         if "reward_shift" in wants:                                       # BCO: mean over every sample seen so far
             running["reward_sum"] = running.get("reward_sum", 0.0) + task.hyper["beta"] * float(ratios.sum())
             running["reward_count"] = running.get("reward_count", 0.0) + ratios.numel()

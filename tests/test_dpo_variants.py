@@ -257,14 +257,14 @@ def test_nothing_is_ever_nan_in_value_or_gradient(name, dtype):
 
 
 def test_overflow_is_never_inf_minus_inf_even_at_strange_settings():
-    x = torch.tensor([-1000.0, -1000.0, -900.0, 1000.0], dtype=f64, requires_grad=True)
-    y = torch.tensor([-1000.0, -900.0, -1000.0, -1000.0], dtype=f64, requires_grad=True)
-    ones = torch.ones(4, dtype=torch.int64)
+    x = torch.tensor([-1000.0, -1000.0, -900.0, 1000.0, -1000.0], dtype=f64, requires_grad=True)
+    y = torch.tensor([-1000.0, -900.0, -1000.0, -1000.0, 1000.0], dtype=f64, requires_grad=True)
+    ones = torch.ones(5, dtype=torch.int64)
     for out, equal in [(LOSSES["alphapo"](x, y, ones, ones, alpha=2.0, gamma=0.0), math.log(2)),
                        (LOSSES["fdpo"](x, y, divergence="forward_kl"), math.log(2)),
                        (LOSSES["discopop"](x, y, beta=1.0, tau=3.0), None)]:
         slopes = torch.autograd.grad(out.sum(), (x, y))
-        assert all(g.isfinite().all() for g in slopes)
+        assert all(g.isfinite().all() for g in slopes) and out[4] > 1e280
         if equal:
             assert out[0].item() == pytest.approx(equal, rel=1e-15)                  # the true value, not a clamp
             assert out[1] > 1e280 and out[2] == 0 and out[3] == 0                    # the side of the truth, where it is e^2000

@@ -852,6 +852,17 @@ def test_the_readmes_table_of_methods_is_the_one_the_docstrings_give():
     assert train.methods_table() in (ROOT / "README.md").read_text()
 
 
+def test_the_readmes_table_of_results_is_the_one_in_results():
+    """Stale? python experiments.py methods --table prints the one to paste."""
+    import experiments
+    results = json.loads((ROOT / "results" / "methods.json").read_text())
+    assert experiments.methods_table(results) in (ROOT / "README.md").read_text()
+    assert set(results) == {*train.LOSSES, *train.RECIPES} and all(len(r["runs"]) >= 3 for r in results.values())
+    for name, entry in results.items():
+        for r in entry["runs"]:                                    # nothing lies above the exact frontier by more than sampling noise
+            assert r["reward"] <= r["best"] + 0.15, (name, r["seed"])
+
+
 def main_command():
     """The torchrun command of the README's first code block, as written there."""
     block = re.search(r"```sh\n(.*?)```", (ROOT / "README.md").read_text(), re.S).group(1)

@@ -557,4 +557,5 @@ SETTINGS = {  # defaults per loss; the command line comes before, the loss's own
         "aot_unpaired": dict(beta=0.5), "slic": dict(lam=0.5), "dpop": dict(beta=0.5, lam=5.0)}.items()},
     "spin": dict(lr=5e-4, steps=80, batch_size=16, beta=1.0, stages=4),              # of each stage; beta < 1/2 overshoots (its fixed points)
     "sdpo_stepwise": dict(lr=5e-4, steps=200, batch_size=16, beta=1.0, stages=2),    # two steps of beta are one of beta / 2
+    "tr_dpo": dict(ref_every=100),                                                   # and DPO's; 512 would be never in 400 steps
 }

@@ -376,7 +376,7 @@ def measure(logps, ref_logps, units, extras=None):
     named = {"logps": lambda: logps[:, 0], "logratios": lambda: logps[:, 0] - ref_logps[:, 0],
              "desirable": lambda: column((u[0].desirable for u in units), torch.bool),
              "target_logps": lambda: logps[:, 2],
-             "preferred": lambda: torch.ones(len(units), dtype=torch.bool),                       # data puts the preferred response first
+             "preferred": lambda: column((u[0].desirable for u in units), torch.bool),
              "score_gap": lambda: column(u[0].score - u[1].score for u in units)}
     for k, side in enumerate(("chosen", "rejected")):
         named |= {f"{side}_logps": lambda k=k: logps[:, k], f"ref_{side}_logps": lambda k=k: ref_logps[:, k],
@@ -429,7 +429,7 @@ def diagnostics(logps, ref_logps, batch, units, task, shared):
             z0 = float(kto.reference_point(kl))
             out |= {"z0": z0, "z0_raw": float(kl.mean()) if len(kl) else 0.0}
         good, bad = mean(beta * ratios, up), mean(beta * ratios, ~up)
-        right = ratios[:, 0] > ratios[:, 1] if ratios.shape[1] > 1 else torch.where(up, ratios > z0, ratios < z0)
+        right = (ratios[:, 0] > ratios[:, 1]) == up[:, 0] if ratios.shape[1] > 1 else torch.where(up, ratios > z0, ratios < z0)
         out |= {"rewards/chosen": good, "rewards/rejected": bad, "rewards/margins": None if None in (good, bad) else good - bad,
                 "rewards/accuracies": float(right.double().mean()),
                 "logratios/max": float(max(ratios.abs().max(), kl.abs().max() if task.z0 in ("estimate", "on_policy") else 0))}
@@ -622,6 +622,9 @@ def examples_for(loss, recipe, source, cfg, hyper):
             raise SystemExit(f"{u[0].where}: --loss {cfg.loss} needs the columns {column}_chosen, {column}_rejected")
     if "score_gap" in wants and (u := next((u for u in units if u[0].score <= u[1].score), None)):
         raise SystemExit(f"{u[0].where}: --loss {cfg.loss} needs score_chosen > score_rejected, got {u[0].score:g} and {u[1].score:g}")
+    if "preferred" in wants:                                                    # data puts the preferred response first: toss a coin for each pair
+        heads = np.random.default_rng([cfg.seed, len(units)]).random(len(units)) < 0.5
+        units = [u if head else (u[1], u[0], *u[2:]) for u, head in zip(units, heads)]
     target = hyper.get("slic_target")
     if target == "data" and (u := next((u for u in units if len(u) < 3), None)):
         raise SystemExit(f"{u[0].where}: --slic_target data needs the column target")

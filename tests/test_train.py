@@ -390,6 +390,18 @@ def test_stages_resume_in_any_of_them_with_the_same_bytes(pairs, tmp_path, monke
     assert [x["step"] for x in metrics(tmp_path / "parts")] == list(range(6))
 
 
+def test_bernoulli_ipo_sees_pairs_in_both_orders(pairs, tmp_path):
+    """Else its target would be 1 / tau always, and not 1 / (2 tau) on average. The first step by hand: (h - 1/tau)^2 or, turned, (-h)^2."""
+    run(*pair_flags(pairs, tmp_path / "run", "ipo_bernoulli", steps=1))
+    heads = np.random.default_rng([3, 26]).random(26) < 0.5
+    rows, _ = data.encode(data.read(pairs / "pairs.jsonl")[0], data.load_tokenizer(), max_len=64)
+    batch = data.batch_at([p[0].prompt_key for p in rows], 8, seed=3, step=0)
+    h = [logp(w, pw) - logp(w, qw) - logp(l, pl) + logp(l, ql) for (w, pw, qw), (l, pl, ql) in by_hand(pairs)]
+    expected = np.mean([(x - 10) ** 2 if heads[i] else x ** 2 for x, i in zip(h, batch.rows)])
+    assert metrics(tmp_path / "run")[0]["loss"] == pytest.approx(expected, rel=1e-12) and 0 < heads[batch.rows].sum() < 8
+    assert metrics(tmp_path / "run")[0]["rewards/accuracies"] == pytest.approx(np.mean([x > 0 for x in h]))
+
+
 def test_a_sum_is_the_sum_and_a_flag_sets_all_terms_that_have_it(pairs, tmp_path):
     run(*pair_flags(pairs, tmp_path / "sum", "dpo + 0.25*simpo", "--beta", 0.3, steps=1))
     for name in ("dpo", "simpo"):

@@ -390,6 +390,23 @@ def test_stages_resume_in_any_of_them_with_the_same_bytes(pairs, tmp_path, monke
     assert [x["step"] for x in metrics(tmp_path / "parts")] == list(range(6))
 
 
+def test_running_means_are_what_the_papers_code_keeps(pairs, tmp_path):
+    """With a policy that stands still: beta-DPO's 0.9 moving average from 0, updated before use; BCO's mean over all samples so far."""
+    for loss in ("beta_dpo", "bco_pair"):
+        run(*pair_flags(pairs, tmp_path / loss, loss, "--lr", "1e-15", steps=3))
+    average, seen = 0.0, []
+    for step in range(3):
+        ratios = np.array([[logp(row, p) - logp(row, q) for row, p, q in pair] for pair in by_hand(pairs, step)])
+        h = ratios[:, 0] - ratios[:, 1]
+        average = 0.9 * average + 0.1 * h.mean()
+        beta = max(1e-3, 0.1 * (1 + 0.6 * (h.mean() - average)))
+        assert metrics(tmp_path / "beta_dpo")[step]["loss"] == pytest.approx(np.log1p(np.exp(-beta * h)).mean(), abs=1e-9)
+        seen += (0.1 * ratios).flatten().tolist()
+        c, r, shift = 0.1 * ratios[:, 0], 0.1 * ratios[:, 1], np.mean(seen)
+        by_equation = (np.log1p(np.exp(-(c - shift))) + np.log1p(np.exp(r - shift))).mean()
+        assert metrics(tmp_path / "bco_pair")[step]["loss"] == pytest.approx(by_equation, abs=1e-9)     # lr 1e-15 moves a log-prob by about 1e-11
+
+
 def test_bernoulli_ipo_sees_pairs_in_both_orders(pairs, tmp_path):
     """Else its target would be 1 / tau always, and not 1 / (2 tau) on average. The first step by hand: (h - 1/tau)^2 or, turned, (-h)^2."""
     run(*pair_flags(pairs, tmp_path / "run", "ipo_bernoulli", steps=1))

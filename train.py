@@ -8,7 +8,7 @@
             (loss(**m, **hyperparameters).sum() / len(batch)).backward()
         all-reduce, clip, step
 
-A loss is a plain function (kto.py); this file knows none by name. It reads the signature: parameters before `*` are
+A loss is a plain function (kto.py, dpo_variants.py); the loop knows none by name. It reads the signature: parameters before `*` are
 measured, those after it are set on the command line. One step is the same for any number of processes and any micro-batch,
 because everything that couples rows (z0, running means, the divisor) is taken over the global batch.
 """
@@ -35,8 +35,11 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from functools import cached_property
 from pathlib import Path
 
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")        # before torch: waiting threads sleep. On a busy machine spinning ones
-import numpy as np                                         # made a step 1.5 to 10 times slower; on an idle one it cost nothing
+# Before torch is loaded: waiting threads sleep instead of spinning. With two threads on a busy machine, matmuls took 1.5 (width 384)
+# to 10 times (width 128) as long when they spun; on an idle one sleeping costs 1.3 times at width 128 and nothing at 384.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+import numpy as np
 import torch
 import torch.distributed as dist
 from safetensors import safe_open
@@ -119,7 +122,7 @@ class Config:
 
 @dataclass
 class Task:
-    """One objective on one set of rows: what the loop needs to know, fixed for the whole run."""
+    """One objective under one set of settings: what the loop needs to know, fixed for a whole stage."""
     cfg: Config
     group: Group
     loss: object
@@ -547,9 +550,10 @@ def run(argv):
     for stage in range(done // cfg.steps, stages):
         first = max(0, done - stage * cfg.steps)
         if stage and group.rank == 0 and not (out / f"stage-{stage}").exists():
-            policy.save(out / f"stage-{stage}", eot=task.eot)                    # what this stage is compared with: the last one's policy
+            policy.save(out / f"stage-{stage}.tmp", eot=task.eot)                # what this stage is compared with: the last one's policy
+            os.replace(out / f"stage-{stage}.tmp", out / f"stage-{stage}")
         group.barrier()
-        task.cfg = replace(cfg, ref=str(out / f"stage-{stage}") if stage else cfg.ref)
+        task = replace(task, cfg=replace(cfg, ref=str(out / f"stage-{stage}") if stage else cfg.ref))
         some = stage_units(units, stage, stages, recipe, own, task, source.tokenizer, cfg.ref)
         reference, optimizer = reference_for(some, recipe, own, task), make_optimizer(policy, cfg)
         if first:
@@ -959,7 +963,7 @@ def check_out(out, cfg):
 
 def prepare_out(out, record, start, cfg):
     if not cfg.resume:
-        for path in [*(out / name for name in RUN_FILES), *out.glob("stage-*")]:
+        for path in [*(out / name for name in RUN_FILES), *out.glob("stage-*"), *out.glob("*.tmp")]:
             shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
     out.mkdir(parents=True, exist_ok=True)
     lines = (out / "metrics.jsonl").read_text().splitlines() if start else []
@@ -1020,7 +1024,7 @@ def use_threads(policy, alone=False):
     """Set torch's threads, explicitly (torchrun sets 1 for several processes only); returns the number before.
 
     The matmuls of a model below a million weights are too small to share: a second thread gained 1.3x on an idle machine and
-    lost 5x to 20x on a busy one, where threads spin for each other. A fixed number for a base model made `alone`, since it may
+    lost 5x to 10x on a busy one, where threads spin for each other. A fixed number for a base model made `alone`, since it may
     change the last bit of a sum.
     """
     before, cores = torch.get_num_threads(), os.cpu_count() or 1

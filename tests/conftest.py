@@ -6,7 +6,6 @@ from pathlib import Path
 os.environ.update(HF_HUB_OFFLINE="1", TRANSFORMERS_VERBOSITY="error", TOKENIZERS_PARALLELISM="false", OMP_WAIT_POLICY="PASSIVE")
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-import pytest
 import torch
 
 torch.set_num_threads(1)             # tensors here are tiny, and sums come out in the same order on every machine

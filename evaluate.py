@@ -22,7 +22,7 @@ import numpy as np
 import torch
 
 import world
-from data import flatten, load_tokenizer, make_row, token_batches
+from data import Turn, flatten, load_tokenizer, make_row, token_batches
 from model import load_policy
 
 
@@ -55,19 +55,24 @@ def replies(policy, tokenizer, prompts, *, temperature=1.0, top_p=1.0, seed=0, m
     return [tokenizer.text(r) for r in responses], [make_row(p, r) for p, r in zip(ids, responses)]
 
 
-def evaluate_world(policy, reference, tokenizer, *, part="report", n=480, seed=0, device="cpu"):
+def in_sessions(prompts):
+    """The same questions inside a conversation, every second one after an earlier exchange."""
+    return [tuple(Turn(**message) for message in messages) for messages in world.in_sessions(prompts)]
+
+
+def evaluate_world(policy, reference, tokenizer, *, part="report", n=480, seed=0, device="cpu", sessions=False):
     """The help desk's own verdict on n replies to held-out prompts.   -> dict, the content of eval.json"""
     prompts = world.eval_prompts(part, n)
-    clusters = [world.cluster_of(p) for p in prompts]
-    texts, rows = replies(policy, tokenizer, prompts, seed=2 * seed + 1)
-    ref_texts, _ = replies(reference, tokenizer, prompts, seed=2 * seed)
+    asked, clusters = in_sessions(prompts) if sessions else prompts, [world.cluster_of(p) for p in prompts]
+    texts, rows = replies(policy, tokenizer, asked, seed=2 * seed + 1)
+    ref_texts, _ = replies(reference, tokenizer, asked, seed=2 * seed)
     verdicts, ref_verdicts = ([world.judge(p, t) for p, t in zip(prompts, ts)] for ts in (texts, ref_texts))
     u, u_ref = (np.array([v.utility for v in vs]) for vs in (verdicts, ref_verdicts))
     win = (u > u_ref) + 0.5 * (u == u_ref)
     kl = sampled_kl(policy, reference, rows, device=device)
     greedy = []
     for model in (policy, reference):
-        ts, _ = replies(model, tokenizer, prompts[:96], temperature=0)
+        ts, _ = replies(model, tokenizer, asked[:96], temperature=0)
         greedy.append(float(np.mean([world.utility(p, t) for p, t in zip(prompts, ts)])))
     result = {"win_rate": float(win.mean()), "win_rate_ci95": bootstrap_ci(win, clusters),
               "reward": float(u.mean()), "reward_ci95": bootstrap_ci(u, clusters), "reward_ref": float(u_ref.mean()),
@@ -177,12 +182,13 @@ def plot_frontier(result, path, name="KTO"):
 
 # --- the end of a run: files, pictures, and what to tell ----------------------------------------------------------------
 
-def report_world(judge, policy, reference, tokenizer, cfg, seconds):
+def report_world(judge, policy, reference, tokenizer, cfg, seconds, sessions=False):
     """eval.json, samples.md, curves.png, frontier.png, and the last part of the story. judge(policy, reference) -> eval.json's content"""
     clock, out = time.perf_counter(), Path(cfg.out)
     r = judge(policy, reference)
     prompts = world.eval_prompts("report", 24)[:12]
-    texts = [replies(m, tokenizer, prompts, temperature=0.7, seed=cfg.seed)[0] for m in (reference, policy)]
+    asked = in_sessions(prompts) if sessions else prompts
+    texts = [replies(m, tokenizer, asked, temperature=0.7, seed=cfg.seed)[0] for m in (reference, policy)]
     scores = [tuple(world.utility(p, t) for t in pair) for p, *pair in zip(prompts, *texts)]
     write_samples(out / "samples.md", prompts, *texts, scores=scores)
     metrics = [json.loads(line) for line in open(out / "metrics.jsonl")]

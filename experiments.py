@@ -2,9 +2,11 @@
 
 Each run is the command a reader would type (`train.py --loss NAME --seed S`), its numbers are the run's own eval.json, and runs
 that are there already are not repeated. The numbers go to results/methods.json; `--table` prints the README's table from it.
+`python experiments.py objectives` prints the README's table of papers and ideas.
 """
 
 import argparse
+import inspect
 import json
 import subprocess
 import sys
@@ -12,6 +14,8 @@ from pathlib import Path
 
 import numpy as np
 
+import dpo_variants
+import kto
 import train
 
 ROOT = Path(__file__).parent
@@ -58,14 +62,32 @@ def methods_table(results):
     return "\n".join(lines)
 
 
+def objectives_table():
+    """Every objective and recipe, from signatures and docstrings: the README's first table of methods."""
+    extra = {"score_gap": "scores", "chosen_win_prob": "win probabilities", "target_logps": "a third response"}
+    rows = []
+    for name, f in {**kto.LOSSES, **dpo_variants.LOSSES}.items():
+        wants = train.signature(f)[0]
+        said = dict(line.strip().split(": ", 1) for line in inspect.getdoc(f).splitlines() if line.startswith(("Paper: ", "Idea: ")))
+        needs = ["pairs" if train.is_paired(wants) else "labels", *(words for n, words in extra.items() if n in wants)]
+        rows.append((name, said["Paper"], "yes" if train.REFERENCE & set(wants) else "no", " + ".join(needs), said["Idea"]))
+    for name, r in train.RECIPES.items():
+        reference = {"none": "no", "moving": "moves"}.get(r.get("reference"), "the last stage" if "stages" in r else "yes")
+        rows.append((name, r["paper"], reference, {"self-play": "good responses"}.get(r.get("stages"), r.get("source", "pairs")), r["idea"] + "."))
+    cells = [" | ".join([f"`{name}`", *(cell.replace("|", "\\|") for cell in rest)]) for name, *rest in rows]
+    return "\n".join(["| `--loss` | paper | reference | data | idea |", "|---|---|---|---|---|", *(f"| {row} |" for row in cells)])
+
+
 def main(argv):
     p = argparse.ArgumentParser(prog="experiments.py", description=__doc__.split("\n")[0])
-    p.add_argument("name", choices=["methods"])
+    p.add_argument("name", choices=["methods", "objectives"], help="methods: run them; objectives: the table of papers and ideas")
     p.add_argument("--losses", nargs="*", default=[*train.LOSSES, *train.RECIPES])
     p.add_argument("--seeds", nargs="*", type=int, default=[0, 1, 2])
     p.add_argument("--out", default="out/methods")
     p.add_argument("--table", action="store_true", help="only print the table of the results that are there")
     a = p.parse_args(argv)
+    if a.name == "objectives":
+        return print(objectives_table())
     results = json.loads((RESULTS / "methods.json").read_text()) if a.table else methods(a.losses, a.seeds, a.out)
     print(methods_table(results))
 

@@ -15,6 +15,7 @@ because everything that couples rows (z0, running means, the divisor) is taken o
 
 from __future__ import annotations
 
+import argparse
 import atexit
 import hashlib
 import inspect
@@ -32,6 +33,7 @@ import threading
 import time
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, fields, replace
+from datetime import timedelta
 from functools import cached_property
 from pathlib import Path
 
@@ -42,7 +44,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 import numpy as np
 import torch
 import torch.distributed as dist
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from tqdm import tqdm
 
@@ -63,12 +65,21 @@ def token_nll_loss(logps, mean_len):
 
 
 LOSSES = {"sft": token_nll_loss, **kto.LOSSES, **{n: f for n, f in dpo_variants.LOSSES.items() if n != "sft"}}
-RECIPES = {   # no new curve: a loss, with another mask or another reference, and the flags that brings
-    "ld_dpo": dict(loss="dpo", mask="ld", flags={"ld_alpha": 0.5}),             # Liu et al. 2024, arXiv 2409.06411
-    "tr_dpo": dict(loss="dpo", reference="moving", flags={"ref_mix": 0.6, "ref_every": 512}),   # Gorbatovski et al. 2024, arXiv 2404.09656
-    "sdpo_stepwise": dict(loss="dpo", stages="easy first", flags={"stages": 2}),              # Kim et al. 2024, arXiv 2403.19270
-    "spin": dict(loss="dpo", stages="self-play", flags={"stages": 3}),                        # Chen et al. 2024, arXiv 2401.01335
-    "dpo_reference_free": dict(loss="dpo", reference="none", flags={}),         # reference log-probs of 0: a uniform reference
+RECIPES = {   # no new curve: DPO's, with another mask, another reference or other data, and the flags that brings
+    "ld_dpo": dict(loss="dpo", flags={"ld_alpha": 0.5}, paper="Liu et al. 2024, Length Desensitization in Direct Preference Optimization, arXiv 2409.06411",
+                   idea="beyond the shorter response's length, the longer one's tokens count ld_alpha"),
+    "tr_dpo": dict(loss="dpo", reference="moving", flags={"ref_mix": 0.6, "ref_every": 512},
+                   paper="Gorbatovski et al. 2024, Learn Your Reference Model for Real Good Alignment, arXiv 2404.09656",
+                   idea="every ref_every steps the reference becomes ref_mix * policy + (1 - ref_mix) * reference"),
+    "sdpo_stepwise": dict(loss="dpo", stages="easy first", flags={"stages": 2}, paper="Kim et al. 2024, sDPO: Don't Use Your Data All at Once, arXiv 2403.19270",
+                          idea="the pairs in chunks, easy ones first; each chunk against the policy that the one before left"),
+    "sdpo_segment": dict(loss="dpo", turns="segment", source="sessions", paper="Kong et al. 2025, SDPO: Segment-Level DPO for Social Agents, arXiv 2501.01821",
+                         idea="of two conversations only the agent's turns of one segment count, as many in both"),
+    "spin": dict(loss="dpo", stages="self-play", source="an expert's replies", flags={"stages": 3},
+                 paper="Chen et al. 2024, Self-Play Fine-Tuning Converts Weak Language Models to Strong Language Models, arXiv 2401.01335",
+                 idea="the rejected response is the last stage's own, so that imitation goes on where SFT ends"),
+    "dpo_reference_free": dict(loss="dpo", reference="none", paper="Rafailov et al. 2023, arXiv 2305.18290, with a uniform reference",
+                               idea="the reference's log-probs are 0: nothing holds the policy where it started"),
 }
 REFERENCE = {"logratios", "kl_logratios", "chosen_logratios", "rejected_logratios", "ref_chosen_logps", "ref_rejected_logps",
              "reward_shift", "margin_mean", "batch_margin_mean", "chosen_kl", "rejected_kl"}                            # names that need a reference
@@ -108,6 +119,7 @@ class Config:
     max_prompt_len: int = flag(512, "tokens per prompt; longer ones lose their left end")
     threshold: float = flag(None, "scored rows: desirable if reward > threshold")
     columns: str = flag("", "column names, prompt=question,completion=answer")
+    turns: str = flag("last", "of a conversation's assistant turns train the last or all of them")
     add_eot: bool = flag(True, "true or false: end-of-text after whole responses")
     lambda_ratio: float = flag(4 / 3, "what `auto` makes of lambda_d n_d / (lambda_u n_u), in [1, 1.5]")
     pretrain_steps: int = flag(500, "embedded world: steps of the base model's pretraining")
@@ -116,6 +128,7 @@ class Config:
     eval_every: int = flag(0, "steps between evaluations on the tuning prompts (0: only at the end)")
     save_every: int = flag(100, "steps between checkpoints")
     log_every: int = flag(1, "steps between progress updates")
+    timeout: int = flag(1800, "seconds that a process waits for the others before it gives up")
 
 
 # --- one step ---------------------------------------------------------------------------------------------------------
@@ -168,12 +181,18 @@ def train_step(policy, reference, optimizer, batch, units, task, running, *, upd
         dist.all_reduce(grads)
         for p, g in zip(params, grads.split([p.numel() for p in params])):
             p.grad = g.view_as(p)
-    grad_norm = float(torch.nn.utils.clip_grad_norm_(params, cfg.max_grad_norm or math.inf))
+    norm = torch.nn.utils.get_total_norm([p.grad for p in params if p.grad is not None])
+    grad_norm = float(norm)
     if not torch.isfinite(table[0]).all():
         bad = [units[batch.rows[i]][0].where or f"row {batch.rows[i]}" for i in (~torch.isfinite(table[0])).nonzero()[:, 0].tolist()]
-        raise SystemExit(f"step {batch.step}: the loss is not finite on {', '.join(bad[:3])}; a lower --lr, or look at these rows")
+        raise SystemExit(f"step {batch.step}: the loss is not finite on {', '.join(bad[:3])} ({first_not_finite(table, ref_logps, shared, policy)}); "
+                         "a lower --lr, or look at these rows. The last checkpoint is as it was")
     if not math.isfinite(grad_norm):
-        raise SystemExit(f"step {batch.step}: the gradient is not finite although the loss is; a lower --lr, or --dtype fp32")
+        backward = reversed(list(policy.named_parameters()))
+        name = next((name for name, p in backward if p.grad is not None and not torch.isfinite(p.grad).all()), "their norm alone")
+        raise SystemExit(f"step {batch.step}: the gradient is not finite although the loss is (first in {name}); a lower --lr, or --dtype fp32. "
+                         "The last checkpoint is as it was")
+    torch.nn.utils.clip_grads_with_norm_(params, cfg.max_grad_norm or math.inf, norm)
     lr = learning_rate(batch.step, cfg)
     if update:
         for g in optimizer.param_groups:
@@ -183,6 +202,13 @@ def train_step(policy, reference, optimizer, batch, units, task, running, *, upd
     # ------------------------------------------------------------------------------------ everything below is diagnostics
     return {"step": batch.step, "epoch": round(batch.epoch, 4), "loss": float(table[0].mean()), "grad_norm": grad_norm, "lr": lr,
             "tokens_per_second": float(table[1].sum()) / (time.perf_counter() - start)} | diagnostics(table[2:].T, ref_logps, batch, units, task, shared)
+
+
+def first_not_finite(table, ref_logps, shared, policy):
+    """Where it began, in the order in which a step computes: for the message."""
+    tensors = {**{f"the weights, {name}": p for name, p in policy.named_parameters()}, **{f"shared {k}": v for k, v in shared.items()},
+               "the reference's log-probs": ref_logps, "the policy's log-probs": table[2:]}
+    return next((f"first in {name}" for name, x in tensors.items() if x is not None and not torch.isfinite(x).all()), "the log-probs are finite: it is the loss itself")
 
 
 def micro_batches(mine, batch, units, cfg, budget):
@@ -485,7 +511,7 @@ def main(argv=None):
     try:
         return run(sys.argv[1:] if argv is None else argv)
     except SystemExit as e:
-        if int(os.environ.get("RANK", 0)) and isinstance(e.code, str):          # one line in all, not one per process
+        if isinstance(e.code, str) and not Group.first_to_say(e.code):          # one line in all, not one per process
             raise SystemExit(1) from None
         raise
     except KeyboardInterrupt:
@@ -498,11 +524,13 @@ def main(argv=None):
 def run(argv):
     cfg, hyper, origin = settings(argv)
     out = Path(cfg.out)
+    if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) and (out / "config.json").is_file():        # torchrun has started us again: go on
+        cfg.resume, cfg.overwrite = True, False
     check_out(out, cfg)
     loss, z0, recipe, stages = find_loss(cfg.loss), hyper.get("z0"), RECIPES.get(cfg.loss, {}), hyper.get("stages", 1)
-    paired, self_play = is_paired(signature(loss)[0]), recipe.get("stages") == "self-play"
-    source = file_source(cfg, paired and not self_play) if cfg.data else world_source(cfg, paired and not self_play, expert=self_play)
-    group = Group.join(cfg.device)
+    paired = is_paired(signature(loss)[0]) and recipe.get("stages") != "self-play"         # self-play makes its own pairs
+    source = (file_source if cfg.data else world_source)(cfg, paired, recipe)
+    group = Group.join(cfg.device, cfg.timeout)
     units = examples_for(loss, recipe, source, cfg, hyper)
     per_stage = len(units) // stages if recipe.get("stages") == "easy first" else len(units)
     if per_stage < 1:
@@ -511,7 +539,7 @@ def run(argv):
     cfg.steps = cfg.steps or max(1, math.ceil(cfg.epochs * data.steps_per_epoch(per_stage, cfg.batch_size)))      # of each stage
     n_d, n_u = (sum(row.desirable is side for u in units for row in u) for side in (True, False))
     balance = set_lambdas(hyper, n_d, n_u, cfg.lambda_ratio)
-    own, hyper = hyper, {k: v for k, v in hyper.items() if k in signature(loss)[1]}
+    own, hyper = hyper, {k: v[0] if isinstance(v, list) else v for k, v in hyper.items() if k in signature(loss)[1]}           # a list: one for each stage
     task = Task(cfg, group, loss, hyper, z0, source.tokenizer.eot)
     if task.needs_partners and len({u[0].prompt_key for u in units}) < 2:
         raise SystemExit(f"--data {' '.join(cfg.data)}: all rows have one prompt, as the model sees it (--max_prompt_len {cfg.max_prompt_len}); "
@@ -536,13 +564,14 @@ def run(argv):
               + (f" | reference: {cfg.ref}" if task.needs_reference and recipe.get("reference") != "none" else " | no reference needed")
               + (f" | {stages} stages of {cfg.steps} steps, each against the policy of the one before" if stages > 1 else ""))
     seconds = {"base": time.perf_counter() - clock}
-    record = {**asdict(cfg), **own, "task": source.task, "origin": origin, "n_desirable": n_d, "n_undesirable": n_u,
+    record = {**asdict(cfg), **own, "task": source.task, "source": recipe.get("source", ""), "origin": origin, "n_desirable": n_d, "n_undesirable": n_u,
               "processes": group.size, "versions": {"torch": torch.__version__, "python": sys.version.split()[0], "numpy": np.__version__}, "commit": git_commit()}
     record, done, running = json.loads(json.dumps(record)), 0, {}                # as it will be read back
     if cfg.resume:
         refuse_changes(out, record)
         done, running = load_checkpoint(out / "checkpoint", policy)              # steps done, over all stages
     if group.rank == 0 and not cfg.dry_run:
+        check_disk(out, policy)
         prepare_out(out, record, done, cfg)
     group.barrier()
 
@@ -553,7 +582,8 @@ def run(argv):
             policy.save(out / f"stage-{stage}.tmp", eot=task.eot)                # what this stage is compared with: the last one's policy
             os.replace(out / f"stage-{stage}.tmp", out / f"stage-{stage}")
         group.barrier()
-        task = replace(task, cfg=replace(cfg, ref=str(out / f"stage-{stage}") if stage else cfg.ref))
+        task = replace(task, cfg=replace(cfg, ref=str(out / f"stage-{stage}") if stage else cfg.ref),
+                       hyper=hyper | {k: v[stage] for k, v in own.items() if isinstance(v, list)})
         some = stage_units(units, stage, stages, recipe, own, task, source.tokenizer, cfg.ref)
         reference, optimizer = reference_for(some, recipe, own, task), make_optimizer(policy, cfg)
         if first:
@@ -634,7 +664,7 @@ def examples_for(loss, recipe, source, cfg, hyper):
         raise SystemExit(f"{u[0].where}: --slic_target data needs the column target")
     if target != "data":
         units = [(*u[:2], u[0]) if target == "chosen" else u[:2] for u in units]
-    return [data.length_desensitised(u, hyper["ld_alpha"]) for u in units] if recipe.get("mask") == "ld" else units
+    return [data.length_desensitised(u, hyper["ld_alpha"]) for u in units] if "ld_alpha" in hyper else units
 
 
 def loop(policy, reference, optimizer, units, prompts, task, source, steps, running, apart, stage=0, stages=1):
@@ -750,17 +780,23 @@ class Source:
     report: object                                # (policy, reference, seconds): eval.json, pictures, the end of the story
 
 
-def world_source(cfg, paired, expert=False):
+def world_source(cfg, paired, recipe):
     """The embedded help desk: a base model, pairs or thumbs from its annotator, a judge that knows the true utility."""
-    tokenizer = data.Tokenizer(world.tokenizer())
-    cfg.max_len = min(cfg.max_len, world.MODEL["context"])
+    tokenizer, expert, sessions = data.Tokenizer(world.tokenizer()), recipe.get("stages") == "self-play", recipe.get("source") == "sessions"
+    shape = model.GPTConfig(vocab_size=tokenizer.vocab_size, **world.MODEL | ({"context": world.SESSION["context"]} if sessions else {}))
+    cfg.max_len = min(cfg.max_len, shape.context)
     cfg.max_prompt_len = min(cfg.max_prompt_len, cfg.max_len // 2)
 
     def encode(examples, **how):
         return data.encode(examples, tokenizer, max_len=cfg.max_len, max_prompt_len=cfg.max_prompt_len, **how)
 
+    def talk(messages):
+        return tuple(data.Turn(**m) for m in messages)
+
     pairs = world.pairs(world.N_PAIRS, cfg.seed, flip=cfg.flip)
-    if expert:                                                                  # SPIN imitates: replies of a good help desk
+    if sessions:                                                                # two exchanges, one of them gone wrong
+        units, counts = encode((data.parse(s, f"world: session {i}")[1] for i, s in enumerate(world.sessions(world.N_PAIRS, cfg.seed))), turns="segment")
+    elif expert:                                                                 # SPIN imitates: replies of a good help desk
         rows, counts = encode(data.Feedback(p, r, True) for p, r in world.dialogues(world.N_EXPERT, cfg.seed + 2, "expert"))
         units = [(r,) for r in rows]
     elif paired:
@@ -771,24 +807,26 @@ def world_source(cfg, paired, expert=False):
 
     def stages():
         for mix, steps in (("pretrain", cfg.pretrain_steps), ("sft", cfg.sft_steps)):
-            text = world.dialogues(max(1, steps) * world.BASE[mix]["batch_size"], cfg.seed + 1, mix)
-            yield mix, encode((data.Feedback(*t, True) for t in text), train_prompt=mix == "pretrain")[0], {**world.BASE[mix], "steps": steps}
+            how = {**world.BASE[mix], "steps": steps} | ({"batch_size": world.SESSION["batch_size"]} if sessions else {})
+            n = max(1, steps) * how["batch_size"]
+            texts = ((talk(m[:1]), talk(m[1:])) for m in world.session_dialogues(n, cfg.seed + 1, mix)) if sessions else world.dialogues(n, cfg.seed + 1, mix)
+            yield mix, encode((data.Feedback(*t, True) for t in texts), train_prompt=mix == "pretrain", turns="all")[0], how
 
     def judge(policy, reference, **how):
-        return evaluate.evaluate_world(policy, reference, tokenizer, seed=cfg.seed, **how)
+        return evaluate.evaluate_world(policy, reference, tokenizer, seed=cfg.seed, sessions=sessions, **how)
 
-    feedback = f"{counts['read']:,} replies of an expert" if expert else f"{counts['pairs']:,} pairs" if paired else f"{counts['desirable']:,} thumbs up and {counts['undesirable']:,} thumbs down"
+    feedback = f"{counts['pairs']:,} pairs of sessions" if sessions else f"{counts['read']:,} replies of an expert" if expert else f"{counts['pairs']:,} pairs" if paired else f"{counts['desirable']:,} thumbs up and {counts['undesirable']:,} thumbs down"
     story = ("task: a help desk learns what its customers like. The true utility of every reply is known, so the result can be checked.\n"
              "      A base model is pretrained and fine-tuned on replies good and bad: the reference. Then alignment starts from it, with\n"
              f"      {feedback}. All in all about a minute on 2 cores.")
-    return Source("world", tokenizer, units, counts, "embedded world", story, None, model.GPTConfig(vocab_size=tokenizer.vocab_size, **world.MODEL),
+    return Source("world", tokenizer, units, counts, "embedded world", story, None, shape,
                   lambda: list(stages()),
                   lambda policy, reference: {k: v for k, v in judge(policy, reference, part="tune", n=192).items()
                                              if k in ("win_rate", "reward", "kl", "malformed")},
-                  lambda policy, reference, seconds: evaluate.report_world(judge, policy, reference, tokenizer, cfg, seconds))
+                  lambda policy, reference, seconds: evaluate.report_world(judge, policy, reference, tokenizer, cfg, seconds, sessions))
 
 
-def file_source(cfg, paired):
+def file_source(cfg, paired, recipe):
     """The user's own preference files, for a Hugging Face model or for the small GPT."""
     for folder in filter(None, (cfg.model, cfg.init, cfg.ref)):
         shape = model.read_model_config(folder)
@@ -908,9 +946,13 @@ def save_checkpoint(folder, policy, optimizer, step, running, reference=None):
         tensors |= {"reference." + name: p for name, p in reference.live.named_parameters()}
     path = folder / f"step-{step:06d}.safetensors"
     beside = path.with_suffix(".tmp")
-    save_file({k: t.contiguous() for k, t in tensors.items()}, beside, metadata={"state": json.dumps({"step": step, "running": running})})
-    with open(beside, "rb") as f:
-        os.fsync(f.fileno())
+    try:
+        save_file({k: t.contiguous() for k, t in tensors.items()}, beside, metadata={"state": json.dumps({"step": step, "running": running})})
+        with open(beside, "rb") as f:
+            os.fsync(f.fileno())
+    except (OSError, SafetensorError) as e:
+        beside.unlink(missing_ok=True)
+        raise SystemExit(f"{path}: the checkpoint cannot be written ({e}); the ones before it are untouched, make room and --resume") from None
     os.replace(beside, path)
     for old in sorted(folder.glob("step-*.safetensors"))[:-2]:
         old.unlink()
@@ -961,6 +1003,16 @@ def check_out(out, cfg):
             raise SystemExit(f"--out {out}: a run is there already; --resume continues it, --overwrite replaces it, or choose another --out")
 
 
+def check_disk(out, policy):
+    """Before training: may we write there, and is there room for the model and three checkpoints (two kept, one being written)?"""
+    parent = next(p for p in (out, *out.absolute().parents) if p.exists())
+    if not os.access(parent, os.W_OK):
+        raise SystemExit(f"--out {out}: {parent} cannot be written to")
+    needed, free = sum(p.numel() * p.element_size() * (10 if p.requires_grad else 4) for p in policy.parameters()), shutil.disk_usage(parent).free
+    if needed > free:
+        raise SystemExit(f"--out {out}: the model and its checkpoints need {needed / 2**30:.1f} GiB, the disk has {free / 2**30:.1f} free")
+
+
 def prepare_out(out, record, start, cfg):
     if not cfg.resume:
         for path in [*(out / name for name in RUN_FILES), *out.glob("stage-*"), *out.glob("*.tmp")]:
@@ -987,17 +1039,26 @@ class Group:
     rank: int = 0
     size: int = 1
     device: torch.device = torch.device("cpu")
+    store = None                                                                    # where the processes leave notes for each other
 
     @classmethod
-    def join(cls, device=""):
-        """The process group torchrun has prepared; a single process where there is none."""
+    def join(cls, device="", timeout=1800):
+        """The process group torchrun has prepared; a single process where there is none. Nobody waits longer than `timeout` seconds."""
         rank, size, local = (int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
         cuda = device.startswith("cuda") if device else torch.cuda.is_available()
         if cuda:
             torch.cuda.set_device(local)
         if size > 1 and not dist.is_initialized():
-            dist.init_process_group("nccl" if cuda else "gloo")
+            Group.store = next(dist.rendezvous("env://", timeout=timedelta(seconds=timeout)))[0]
+            dist.init_process_group("nccl" if cuda else "gloo", store=Group.store, rank=rank, world_size=size, timeout=timedelta(seconds=timeout))
         return cls(rank, size, torch.device(f"cuda:{local}" if cuda else device or "cpu"))
+
+    @classmethod
+    def first_to_say(cls, line):
+        """Whether no other process has said this before: a complaint of all is printed once, that of a single one is not lost."""
+        if cls.store is None:                                                       # before they have met all see the same
+            return int(os.environ.get("RANK", 0)) == 0
+        return cls.store.add(line, 1) == 1
 
     def sum(self, tensor):
         """All-reduced in place: each rank fills in its part, the rest is 0."""
@@ -1035,8 +1096,18 @@ def use_threads(policy, alone=False):
 
 # --- the command line -------------------------------------------------------------------------------------------------
 
-SWITCHES = ("overwrite", "resume", "dry_run")                             # flags that need no value
-MAY_CHANGE = {"resume", "overwrite", "steps", "epochs", "micro_batch_size", "save_every", "eval_every", "log_every", "out", "device"}
+MAY_CHANGE = {"resume", "overwrite", "steps", "epochs", "micro_batch_size", "save_every", "eval_every", "log_every", "out", "device", "timeout"}
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse that ends in one line and keeps only the flags that were typed."""
+
+    def __init__(self, **how):
+        super().__init__(prog="train.py", usage="train.py --name value ...   (--loss NAME --help: that objective's equation and parameters)", add_help=False,
+                         allow_abbrev=False, argument_default=argparse.SUPPRESS, formatter_class=argparse.RawDescriptionHelpFormatter, **how)
+
+    def error(self, message):
+        raise SystemExit(message.removeprefix("argument "))
 
 
 def settings(argv):
@@ -1044,63 +1115,126 @@ def settings(argv):
 
     Precedence: command line, then world.SETTINGS[loss] (embedded world only), then the loss's signature, then Config.
     """
-    typed, words = {}, list(argv)
-    while words:
-        word = words.pop(0)
-        if word in ("--help", "-h"):
-            typed["help"] = True
-            continue
+    argv = [re.sub(r"^--[\w-]+", lambda flag: "--" + flag[0][2:].replace("-", "_"), str(word)) for word in argv]          # --batch-size will do
+    first = Parser()
+    first.add_argument("--loss", default="kto")
+    loss_name = first.parse_known_args(argv)[0].loss
+    loss, recipe = find_loss(loss_name), RECIPES.get(loss_name, {})
+    wants, hyper = signature(loss)
+    hyper |= ({"z0": "estimate"} if "kl_logratios" in wants else {}) | ({"slic_target": "sample"} if "target_logps" in wants else {}) | recipe.get("flags", {})
+    known = {f.name: f for f in fields(Config)}
+    defaults = {name: f.default for name, f in known.items()} | hyper
+
+    parser = Parser(description=f"--loss {loss_name}\n\n{inspect.getdoc(loss)}")
+    for name, default in defaults.items():
+        about = known[name].metadata["help"] if name in known else f"of --loss {loss_name}"
+        how = dict(action="store_true") if default is False else dict(metavar="", type=_typed(name, default, recipe), nargs="+" if default == () else None)
+        parser.add_argument("--" + name, help=(about + ("" if default in ("", False, (), None) else f" [{default}]")).replace("%", "%%"), **how)
+    if {"--help", "-h"} & set(argv):
+        print(parser.format_help())
+        raise SystemExit(0)
+    typed, unknown = parser.parse_known_args(argv)
+    typed = vars(typed)
+    for word in unknown:
+        name = word.partition("=")[0][2:]
         if not word.startswith("--"):
             raise SystemExit(f"{word!r}: expected --name value or --name=value")
-        name, equals, value = word[2:].partition("=")
-        name = name.replace("-", "_")
-        if not equals:
-            if name in SWITCHES:
-                value = "true"
-            elif not words or (words[0].startswith("--") and not _is_number(words[0])):
-                raise SystemExit(f"--{name}: a value is missing")
-            else:
-                value = words.pop(0)
-        typed[name] = (value,) if name in ("data", "eval_data") else value
-        while name in ("data", "eval_data") and words and not words[0].startswith("--"):
-            typed[name] += (words.pop(0),)
-    loss_name = typed.get("loss", "kto")
-    wants, hyper = signature(find_loss(loss_name))
-    if "kl_logratios" in wants:
-        hyper["z0"] = "estimate"
-    hyper |= RECIPES.get(loss_name, {"flags": {}})["flags"] | ({"slic_target": "sample"} if "target_logps" in wants else {})
-    if typed.pop("help", False):
-        print(help_text(loss_name if "loss" in typed else None, hyper))
-        raise SystemExit(0)
+        if any(name in signature(f)[1] or (name == "z0" and "kl_logratios" in signature(f)[0]) for f in LOSSES.values()):
+            raise SystemExit(f"--{name}: {loss_name} has no such parameter; it has {', '.join(hyper) or 'none of its own'}")
+        raise SystemExit(f"--{name}: unknown flag; valid are " + ", ".join("--" + n for n in defaults))
 
-    known = {f.name: f for f in fields(Config)}
-    for name in typed:
-        if name not in known and name not in hyper:
-            other = [n for n, f in LOSSES.items() if name in signature(f)[1] or (name == "z0" and "kl_logratios" in signature(f)[0])]
-            raise SystemExit(f"--{name}: {loss_name} has no such parameter; it has {', '.join(hyper) or 'none of its own'}" if other
-                             else f"--{name}: unknown flag; valid are " + ", ".join("--" + n for n in [*known, *hyper]))
-    embedded = not typed.get("model") and not typed.get("data")
-    like = RECIPES[loss_name]["loss"] if loss_name in RECIPES else loss_name.split("+")[0].split("*")[-1].strip()       # a sum: its first term
-    preset = {}
-    if not embedded and not typed.get("model"):
-        preset = {"lr": 5e-4, "sft_steps": 200}                                # a small GPT from random weights learns fast
-    elif not embedded and is_paired(wants):
-        preset = {"lr": 1e-6}
-    preset = {**world.SETTINGS.get(like, {}), **world.SETTINGS.get(loss_name, {})} if embedded else preset
-    values, origin = {}, {}
-    for name, default in {**{n: f.default for n, f in known.items()}, **hyper}.items():
-        if name in typed:
-            values[name], origin[name] = _typed(name, typed[name], default), "command line"
-        elif name in preset and not (name in hyper and default is None):            # in a sum, each term keeps its own
-            values[name], origin[name] = preset[name], "embedded world" if embedded else "pairs" if typed.get("model") else "small GPT"
-        else:
-            values[name], origin[name] = default, f"{loss_name}'s signature" if name in hyper else "default"
+    embedded, like = not typed.get("model") and not typed.get("data"), recipe.get("loss", loss_name.split("+")[0].split("*")[-1].strip())    # a sum: its first term
+    if embedded:
+        preset, source = world.SETTINGS.get(like, {}) | world.SETTINGS.get(loss_name, {}), "embedded world"
+    elif not typed.get("model"):
+        preset, source = {"lr": 5e-4, "sft_steps": 200}, "small GPT"                     # from random weights, it learns fast
+    else:
+        preset, source = {"lr": 1e-6} if is_paired(wants) else {}, "pairs"
+    preset = {k: v for k, v in preset.items() if k in known or hyper.get(k) is not None}    # in a sum, each term keeps its own
+    values = {name: typed.get(name, preset.get(name, default)) for name, default in defaults.items()}
+    origin = {name: "command line" if name in typed else source if name in preset else f"{loss_name}'s signature" if name in hyper else "default" for name in values}
     hyper = {name: values.pop(name) for name in hyper}
     cfg = Config(**values)
     cfg.out = cfg.out or "out/" + re.sub(r"[^\w.+*-]", "", loss_name).replace("*", "x")
-    _check(cfg, hyper, typed)
+    check_settings(cfg, hyper, typed)
     return cfg, hyper, origin
 
+
+def _typed(name, default, recipe):
+    """A function from a flag's text to a value of its default's type."""
+    def number(text, kind=float if default is None else type(default)):
+        try:
+            value = kind(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"{text!r} is not a {'whole ' if kind is int else ''}number") from None
+        if not math.isfinite(value) and (name, value) != ("clamp", math.inf):                                            # WPO: inf is no clamp
+            raise argparse.ArgumentTypeError(f"{text!r} is not a finite number")
+        return value
+
+    def typed(text):
+        words = WORDS.get(name, ("true", "false") if default is True else ())
+        if text in words:
+            return text == "true" if default is True else text
+        if isinstance(default, str) and not words or default == ():
+            return text
+        if words:
+            if name in NUMBER_TOO and re.fullmatch(r"[\d.]+(e[+-]?\d+)?", text):
+                return number(text, float)
+            raise argparse.ArgumentTypeError(f"{text!r}: valid are {', '.join(words)}{', or a number >= 0' if name in NUMBER_TOO else ''}")
+        if name == "beta" and "stages" in recipe and "," in text:                            # one beta for each stage
+            return [number(part) for part in text.split(",")]
+        return number(text)
+    return typed
+
+
+WORDS = {"z0": ("estimate", "zero", "on_policy"), "lambda_d": ("auto",), "lambda_u": ("auto",), "slic_target": ("sample", "chosen", "data"),
+         "dtype": tuple(DTYPES), "turns": ("last", "all")}
+NUMBER_TOO = ("z0", "lambda_d", "lambda_u")
+
+
+def check_settings(cfg, hyper, typed):
+    """Ranges, and flags that need each other: (is it wrong, the line that says what is valid)."""
+    at_least = dict(batch_size=1, micro_batch_size=0, steps="steps" in typed, warmup=0, weight_decay=0, max_grad_norm=0, seed=0, max_len=2,
+                    max_prompt_len=1, pretrain_steps=0, sft_steps=0, eval_every=0, save_every=1, log_every=1, timeout=1, stages=1, ref_every=1, lambda_d=0, lambda_u=0, z0=0)
+    values, several = {**asdict(cfg), **hyper}, isinstance(hyper.get("beta"), list)
+    wrong = [(isinstance(values.get(name), (int, float)) and values[name] < least, f"--{name} {values.get(name)}: must be at least {int(least)}")
+             for name, least in at_least.items()]
+    wrong += [(x is not None and x <= 0, f"--{name} {x}: must be positive") for name in ("lr", "epochs", "tau", "beta")
+              for x in (values["beta"] if several and name == "beta" else [values.get(name)])]
+    world_only = RECIPES.get(cfg.loss, {}).get("source")
+    wrong += [
+        (several and len(hyper["beta"]) != hyper.get("stages"), f"--beta: {hyper.get('beta')} for {hyper.get('stages')} stages; give one, or one for each"),
+        (not 1 <= cfg.lambda_ratio <= 1.5, f"--lambda_ratio {cfg.lambda_ratio}: KTO's Eq. 9 asks for a ratio in [1, 1.5]"),
+        (not 0 <= cfg.flip <= 1, f"--flip {cfg.flip}: a share, from 0 to 1"),
+        ("flip" in typed and cfg.data, "--flip: belongs to the embedded world; --data brings its own labels"),
+        ("flip" in typed and world_only, f"--flip: --loss {cfg.loss} learns from {world_only}, which no annotator has labelled"),
+        (cfg.model and not cfg.data, "--model: needs --data FILE, the preferences to align it with"),
+        *((name in typed and not cfg.data, f"--{name}: needs --data FILE; the embedded world brings its own") for name in FILE_FLAGS),
+        ("tokenizer" in typed and cfg.model, "--tokenizer: --model brings its own tokenizer; the flag is for the small GPT"),
+        (not 0 < hyper.get("ref_mix", 1.0) <= 1, f"--ref_mix {hyper.get('ref_mix')}: a share, above 0 and up to 1"),
+        (cfg.overwrite and cfg.resume, "--overwrite and --resume: give one of them"),
+        (cfg.loss in BATCH_COUPLED and (cfg.micro_batch_size or int(os.environ.get("WORLD_SIZE", 1)) > 1),
+         f"--loss {cfg.loss}: sorts its batch, so it needs the global batch in one micro-batch on one process"),
+        (hyper.get("z0") == "estimate" and cfg.batch_size == 1,
+         "--batch_size 1: KTO's z0 is estimated from mismatched pairs, which need 2 rows; raise it or give --z0 zero"),
+    ]
+    if line := next((line for is_wrong, line in wrong if is_wrong), None):
+        raise SystemExit(line)
+    if "auto" not in hyper.values():
+        wants, own = signature(find_loss(cfg.loss))
+        try:                                                                            # the loss itself knows its parameters' ranges
+            find_loss(cfg.loss)(**{n: v for n, v in example_values(1).items() if n in wants}, **{k: hyper[k][0] if several and k == "beta" else hyper[k] for k in own})
+        except ValueError as e:
+            raise SystemExit(f"--loss {cfg.loss}: {e}") from None
+    for name in ("model", "init", "ref"):
+        if folder := getattr(cfg, name):
+            model.read_model_config(folder, name), model.weight_files(folder, name)
+
+
+FILE_FLAGS = ("eval_data", "threshold", "columns", "tokenizer", "turns", "add_eot")                  # they say how files are read
+
+
+# --- a name on the command line to a loss -------------------------------------------------------------------------------
 
 def signature(loss):
     """(measured names, {hyper-parameter: default}) of a loss function: what stands before its * and what after."""
@@ -1125,7 +1259,7 @@ def weighted_sum(text):
     for part in text.split("+"):
         weight, star, name = part.rpartition("*")
         name = name.strip()
-        if name not in available or (star and not _is_number(weight)):
+        if name not in available or (star and not re.fullmatch(r"[\d.]+(e[+-]?\d+)?", weight.strip())):
             raise SystemExit(f"--loss {text}: {part.strip()!r} is not NAME or NUMBER*NAME; names are {', '.join(LOSSES)}")
         if name in BATCH_COUPLED:
             raise SystemExit(f"--loss {text}: {name} sorts its batch and cannot be summed")
@@ -1153,113 +1287,8 @@ def weighted_sum(text):
     return loss
 
 
-def methods_table():
-    """The README's table of objectives, from signatures and docstrings: `python -c "import train; print(train.methods_table())"`."""
-    lines = ["| `--loss` | paper | reference | data | idea |", "|---|---|---|---|---|"]
-    extra = {"score_gap": "scores", "chosen_win_prob": "win probabilities", "target_logps": "a third response"}
-    for name, f in {**kto.LOSSES, **dpo_variants.LOSSES}.items():
-        wants = signature(f)[0]
-        said = dict(line.strip().split(": ", 1) for line in inspect.getdoc(f).splitlines() if line.startswith(("Paper: ", "Idea: ")))
-        more = [words for n, words in extra.items() if n in wants]
-        lines.append(f"| `{name}` | {said['Paper']} | {'yes' if REFERENCE & set(wants) else 'no'} | "
-                     f"{' + '.join(['pairs' if is_paired(wants) else 'labels', *more])} | {said['Idea']} |")
-    return "\n".join(lines)
-
-
 def is_paired(wants):
     return any(w.startswith(("chosen_", "rejected_")) for w in wants)
-
-
-def _is_number(text):
-    try:
-        return math.isfinite(float(text))
-    except ValueError:
-        return False
-
-
-def _typed(name, text, default):
-    """A flag's text as the type of its default."""
-    if name in ("lambda_d", "lambda_u") and text == "auto":
-        return text
-    if name == "z0":
-        if text in ("estimate", "zero", "on_policy") or (_is_number(text) and float(text) >= 0):
-            return float(text) if _is_number(text) else text
-        raise SystemExit(f"--z0 {text}: valid are estimate, zero, on_policy, or a number >= 0")
-    if isinstance(default, bool):
-        if text not in ("true", "false"):
-            raise SystemExit(f"--{name} {text}: valid are true, false")
-        return text == "true"
-    if isinstance(default, tuple):
-        return text
-    try:
-        value = (float if default is None else type(default))(text)
-    except ValueError:
-        raise SystemExit(f"--{name} {text}: expected {'a whole number' if isinstance(default, int) else 'a number'}") from None
-    if isinstance(value, float) and not math.isfinite(value) and (name, value) != ("clamp", math.inf):        # WPO: inf is no clamp
-        raise SystemExit(f"--{name} {text}: expected a finite number")
-    return value
-
-
-def _check(cfg, hyper, typed):
-    """Ranges, and flags that need each other."""
-    at_least = dict(batch_size=1, micro_batch_size=0, steps=0, warmup=0, weight_decay=0, max_grad_norm=0, seed=0, max_len=2,
-                    max_prompt_len=1, pretrain_steps=0, sft_steps=0, eval_every=0, save_every=1, log_every=1)
-    for name, least in at_least.items():
-        if getattr(cfg, name) < least:
-            raise SystemExit(f"--{name} {getattr(cfg, name)}: must be at least {least}")
-    for name, x in (("lr", cfg.lr), ("epochs", cfg.epochs), *((k, hyper[k]) for k in ("beta", "tau") if k in hyper)):
-        if x is not None and x <= 0:
-            raise SystemExit(f"--{name} {x}: must be positive")
-    for name in ("lambda_d", "lambda_u"):
-        if name in hyper and hyper[name] != "auto" and hyper[name] < 0:
-            raise SystemExit(f"--{name} {hyper[name]}: must be >= 0 or auto")
-    if not 1 <= cfg.lambda_ratio <= 1.5:
-        raise SystemExit(f"--lambda_ratio {cfg.lambda_ratio}: KTO's Eq. 9 asks for a ratio in [1, 1.5]")
-    if not 0 <= cfg.flip <= 1:
-        raise SystemExit(f"--flip {cfg.flip}: a share, from 0 to 1")
-    if "flip" in typed and cfg.data:
-        raise SystemExit("--flip: belongs to the embedded world; --data brings its own labels")
-    if cfg.dtype not in DTYPES:
-        raise SystemExit(f"--dtype {cfg.dtype}: valid are {', '.join(DTYPES)}")
-    if "steps" in typed and cfg.steps < 1:
-        raise SystemExit(f"--steps {cfg.steps}: must be at least 1")
-    if cfg.model and not cfg.data:
-        raise SystemExit("--model: needs --data FILE, the preferences to align it with")
-    for name in ("eval_data", "threshold", "columns", "tokenizer"):
-        if name in typed and not cfg.data:
-            raise SystemExit(f"--{name}: needs --data FILE; the embedded world brings its own")
-    if "tokenizer" in typed and cfg.model:
-        raise SystemExit("--tokenizer: --model brings its own tokenizer; the flag is for the small GPT")
-    if hyper.get("stages", 1) < 1:
-        raise SystemExit(f"--stages {hyper['stages']}: must be at least 1")
-    if not 0 < hyper.get("ref_mix", 1.0) <= 1 or hyper.get("ref_every", 1) < 1:
-        raise SystemExit(f"--ref_mix {hyper['ref_mix']} --ref_every {hyper['ref_every']}: the share must be in (0, 1], the steps at least 1")
-    if hyper.get("slic_target", "sample") not in ("sample", "chosen", "data"):
-        raise SystemExit(f"--slic_target {hyper['slic_target']}: valid are sample, chosen, data")
-    if "auto" not in hyper.values():
-        try:                                                                            # the loss itself knows its parameters' ranges
-            loss = find_loss(cfg.loss)
-            loss(**{n: v for n, v in example_values(1).items() if n in signature(loss)[0]}, **{k: v for k, v in hyper.items() if k in signature(loss)[1]})
-        except ValueError as e:
-            raise SystemExit(f"--loss {cfg.loss}: {e}") from None
-    for name in ("model", "init", "ref"):
-        if folder := getattr(cfg, name):
-            model.read_model_config(folder, name), model.weight_files(folder, name)
-    if cfg.overwrite and cfg.resume:
-        raise SystemExit("--overwrite and --resume: give one of them")
-    if cfg.loss in BATCH_COUPLED and (cfg.micro_batch_size or int(os.environ.get("WORLD_SIZE", 1)) > 1):
-        raise SystemExit(f"--loss {cfg.loss}: sorts its batch, so it needs the global batch in one micro-batch on one process")
-    if hyper.get("z0") == "estimate" and cfg.batch_size == 1:
-        raise SystemExit("--batch_size 1: KTO's z0 is estimated from mismatched pairs, which need 2 rows; raise it or give --z0 zero")
-
-
-def help_text(loss_name, hyper):
-    if loss_name:
-        lines = [f"--loss {loss_name}", "", inspect.getdoc(find_loss(loss_name)) or "", "", "its own flags:"]
-        return "\n".join(lines + [f"  --{n} (default {d})" for n, d in hyper.items()] or ["  none"])
-    lines = ["train.py --name value ...   (--loss NAME --help shows that objective's equation and parameters)", ""]
-    return "\n".join(lines + [f"  --{f.name:<18} {f.metadata['help']}" + ("" if f.default in ("", False, (), None)
-                                                                      else f" [{f.default}]") for f in fields(Config)])
 
 
 if __name__ == "__main__":

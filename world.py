@@ -333,6 +333,20 @@ def sessions(n, seed, *, part="train"):
     return rows
 
 
+def session_dialogues(n, seed, mix, part="train"):
+    """n conversations of two exchanges in a mixture, as messages: what a base model for sessions learns to write."""
+    rng = random.Random(f"session dialogues {mix} {seed}")
+    cells = _prompts(rng, 2 * n, part)
+    return [[message for d, p, prompt in two for message in ({"role": "user", "content": prompt}, {"role": "assistant", "content": sample_reply(rng, d, p, mix)})]
+            for two in zip(cells, cells)]
+
+
+def in_sessions(prompts, seed=0):
+    """Prompts as a session's customer sends them, for evaluation: every second one comes after an exchange about something else."""
+    return [[*earlier[:2 * (i % 2)], {"role": "user", "content": prompt}]
+            for i, (prompt, earlier) in enumerate(zip(prompts, session_dialogues(len(prompts), f"in sessions {seed}", "sft")))]
+
+
 # --- tokenizer --------------------------------------------------------------------------------------------------------
 
 PATTERN = r" ?[A-Za-z]+| ?[0-9]+|[^A-Za-z0-9\s]+|\s"  # what merges never cross; every character matches exactly one branch
@@ -536,6 +550,7 @@ def frontier(kls):
 # --- settings of the embedded runs ------------------------------------------------------------------------------------
 
 MODEL = dict(n_layer=2, n_head=4, d_model=64, context=80)
+SESSION = dict(context=160, batch_size=12)  # two exchanges: as many tokens per step of the base model as with single replies
 # The two stages before alignment: AdamW with this decay on matrices, cosine to a tenth of the peak.
 BASE = dict(pretrain=dict(steps=500, batch_size=32, lr=8e-3, warmup=20, weight_decay=0.1),
             sft=dict(steps=400, batch_size=32, lr=4e-3, warmup=20, weight_decay=0.1))
@@ -557,5 +572,6 @@ SETTINGS = {  # defaults per loss; the command line comes before, the loss's own
         "aot_unpaired": dict(beta=0.5), "slic": dict(lam=0.5), "dpop": dict(beta=0.5, lam=5.0)}.items()},
     "spin": dict(lr=5e-4, steps=80, batch_size=16, beta=1.0, stages=4),              # of each stage; beta < 1/2 overshoots (its fixed points)
     "sdpo_stepwise": dict(lr=5e-4, steps=200, batch_size=16, beta=1.0, stages=2),    # two steps of beta are one of beta / 2
+    "sdpo_segment": dict(lr=5e-4, steps=200, batch_size=16, beta=0.5),
     "tr_dpo": dict(ref_every=100),                                                   # and DPO's; 512 would be never in 400 steps
 }

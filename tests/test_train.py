@@ -8,7 +8,9 @@ import signal
 import subprocess
 import sys
 import time
+from functools import wraps
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -353,6 +355,19 @@ def test_every_stage_is_compared_with_the_policy_of_the_one_before(pairs, tmp_pa
         assert largest_difference(stage, weights(one)) == 0
 
 
+def test_each_stage_may_have_a_beta_of_its_own(pairs, tmp_path, monkeypatch):
+    seen, real = [], train.LOSSES["dpo"]
+
+    @wraps(real)
+    def dpo(*measured, beta, **named):
+        seen.append(beta)
+        return real(*measured, beta=beta, **named)
+
+    monkeypatch.setitem(train.LOSSES, "dpo", dpo)
+    run(*pair_flags(pairs, tmp_path / "run", "spin", "--beta", "0.5,1,2", "--stages", 3, steps=2))
+    assert list(dict.fromkeys(seen)) == [0.5, 1.0, 2.0] and seen == sorted(seen)
+
+
 def test_spins_rejected_responses_are_the_opponents_own_samples(pairs, tmp_path):
     run(*same_start(pairs, tmp_path / "run", "spin", "--stages", 2, steps=2))
     rows, _ = data.encode(data.read(pairs / "pairs.jsonl")[0], data.load_tokenizer(), max_len=64)
@@ -617,8 +632,74 @@ def test_step_0_stops_when_there_is_no_gradient(lab, tmp_path):
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_rows(lab, tmp_path, monkeypatch):
     monkeypatch.setitem(train.LOSSES, "broken", lambda logratios, desirable: logratios / desirable.to(logratios.dtype))
-    with pytest.raises(SystemExit, match=r"step 0: the loss is not finite on .*rows.jsonl: line \d+"):
+    with pytest.raises(SystemExit, match=r"step 0: the loss is not finite on .*rows.jsonl: line \d+ .*it is the loss itself"):
         run(*flags(lab, tmp_path / "run", loss="broken", steps=2))
+
+
+@pytest.mark.parametrize("where, message", [("wpe.weight", "the loss is not finite on .*first in the weights, wpe.weight"),
+                                            ("gradient", r"the gradient is not finite although the loss is \(first in h.1.mlp.c_fc.weight\)")])
+def test_a_step_that_goes_wrong_says_which_tensor_was_first_and_leaves_the_last_checkpoint(lab, tmp_path, monkeypatch, where, message):
+    real, folder = train.train_step, tmp_path / "run" / "checkpoint"
+
+    def step(policy, reference, optimizer, batch, *rest, **how):
+        if batch.step == 3 and where == "gradient":
+            policy.h[1].mlp.c_fc.weight.register_hook(lambda g: g * math.nan)
+        elif batch.step == 3:
+            policy.get_parameter(where).data[0, 0] = math.nan
+        return real(policy, reference, optimizer, batch, *rest, **how)
+
+    monkeypatch.setattr(train, "train_step", step)
+    with pytest.raises(SystemExit, match=f"step 3: {message}"):
+        run(*flags(lab, tmp_path / "run", "--save_every", 2, steps=5))
+    assert [p.name for p in folder.iterdir()] == ["step-000002.safetensors"]
+    assert all(t.isfinite().all() for t in load_file(folder / "step-000002.safetensors").values())
+
+
+def test_a_complaint_of_one_process_is_not_lost_and_one_of_all_is_printed_once(lab, tmp_path):
+    """Process 1 alone cannot write; then both find a loss that is not finite."""
+    (tmp_path / "faults.py").write_text(
+        "import os, sys, train, torch\n"
+        "where, words = sys.argv[1], sys.argv[2:]\n"
+        "def alone(*a, **k):\n"
+        "    if os.environ['RANK'] == '1': raise SystemExit('only I know')\n"
+        "    return real(*a, **k)\n"
+        "real, train.train_step = train.train_step, alone if where == 'one' else train.train_step\n"
+        "train.LOSSES['broken'] = lambda logratios, desirable: logratios / 0\n"
+        "train.main(words)\n")
+    for where, loss, line in (("one", "kto", "only I know"), ("all", "broken", "the loss is not finite on")):
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(tmp_path / "faults.py"), where]
+        words = [str(w) for w in flags(lab, tmp_path / where, loss=loss, steps=2)]
+        done = subprocess.run(command + words, capture_output=True, text=True, timeout=240, env={**os.environ, "PYTHONPATH": str(ROOT)})
+        assert done.returncode != 0 and done.stderr.count(line) == 1, done.stderr[-3000:]
+
+
+def test_a_full_disk_or_a_folder_without_permission_is_found_before_training(lab, tmp_path, monkeypatch):
+    monkeypatch.setattr(train.shutil, "disk_usage", lambda p: SimpleNamespace(free=1000))
+    with pytest.raises(SystemExit, match=r"the model and its checkpoints need .* GiB, the disk has 0.0 free"):
+        run(*flags(lab, tmp_path / "full", steps=2))
+    monkeypatch.undo()
+    monkeypatch.setattr(train.os, "access", lambda p, mode: False)                     # root may write anywhere, so it is pretended
+    with pytest.raises(SystemExit, match="cannot be written to"):
+        run(*flags(lab, tmp_path / "closed", steps=2))
+    assert not (tmp_path / "full").exists() and not (tmp_path / "closed").exists()
+
+
+def test_a_disk_that_fills_up_while_a_checkpoint_is_written_loses_nothing(lab, tmp_path, monkeypatch):
+    real = train.save_file
+
+    def save_file(tensors, path, **how):
+        if "000006" in str(path):
+            Path(path).write_bytes(b"half")
+            raise OSError(28, "No space left on device")
+        real(tensors, path, **how)
+
+    with monkeypatch.context() as m:
+        m.setattr(train, "save_file", save_file)
+        with pytest.raises(SystemExit, match="step-000006.*cannot be written .*No space left.*are untouched"):
+            run(*flags(lab, tmp_path / "run", "--save_every", 3, steps=9))
+    assert [p.name for p in (tmp_path / "run/checkpoint").iterdir()] == ["step-000003.safetensors"]
+    run(*flags(lab, tmp_path / "run", "--save_every", 3, "--resume", steps=9))
+    assert [m["step"] for m in metrics(tmp_path / "run")] == list(range(9))
 
 
 # --- stop and resume --------------------------------------------------------------------------------------------------------
@@ -640,6 +721,18 @@ def test_killed_and_resumed_gives_the_same_bytes(lab, tmp_path, monkeypatch, los
     assert [m["step"] for m in metrics(tmp_path / "parts")] == list(range(12))
     timeless = lambda ms: [{k: v for k, v in m.items() if k != "tokens_per_second"} for m in ms]               # noqa: E731
     assert timeless(metrics(tmp_path / "whole")) == timeless(metrics(tmp_path / "parts"))
+
+
+def test_a_run_that_torchrun_starts_again_goes_on(lab, tmp_path, monkeypatch, capsys):
+    real = train.train_step
+    with monkeypatch.context() as m:
+        m.setattr(train, "train_step", lambda p, r, o, b, *a, **k: real(p, r, o, b, *a, **k) if b.step < 4 else 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            run(*flags(lab, tmp_path / "run", "--save_every", 2, steps=6))
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    monkeypatch.setattr(train, "train_step", lambda p, r, o, b, *a, **k: real(p, r, o, b, *a, **k) if b.step >= 4 else 1 / 0)
+    run(*flags(lab, tmp_path / "run", "--overwrite", "--save_every", 2, steps=6))                    # as it was typed the first time
+    assert [m["step"] for m in metrics(tmp_path / "run")] == list(range(6))
 
 
 def test_ctrl_c_saves_a_checkpoint_and_resume_finishes_the_same_run(lab, tmp_path):
@@ -683,14 +776,14 @@ BAD = {
     "unknown loss": (["--loss", "nope"], r"--loss nope: no such loss; valid are .*kto"),
     "a flag the loss lacks": (["--loss", "apo_zero_unpaired", "--lambda_d", "2"], r"--lambda_d: apo_zero_unpaired has no such parameter; it has beta"),
     "z0 for a loss without one": (["--loss", "bco", "--z0", "zero"], r"--z0: bco has no such parameter; it has beta"),
-    "no value": (["--lr"], r"--lr: a value is missing"),
-    "not a number": (["--lr", "fast"], r"--lr fast: expected a number"),
-    "not a whole number": (["--steps", "1.5"], r"--steps 1.5: expected a whole number"),
-    "not finite": (["--beta", "nan"], r"--beta nan: expected a finite number"),
+    "no value": (["--lr"], r"--lr: expected one argument"),
+    "not a number": (["--lr", "fast"], r"--lr: 'fast' is not a number"),
+    "not a whole number": (["--steps", "1.5"], r"--steps: '1.5' is not a whole number"),
+    "not finite": (["--beta", "nan"], r"--beta: 'nan' is not a finite number"),
     "out of range": (["--beta", "0"], r"--beta 0.0: must be positive"),
-    "negative lambda": (["--lambda_u", "-1"], r"--lambda_u -1.0: must be >= 0 or auto"),
-    "negative z0": (["--z0", "-3"], r"--z0 -3: valid are estimate, zero, on_policy, or a number >= 0"),
-    "dtype": (["--dtype", "int8"], r"--dtype int8: valid are fp32, bf16, fp64"),
+    "negative lambda": (["--lambda_u", "-1"], r"--lambda_u: '-1': valid are auto, or a number >= 0"),
+    "negative z0": (["--z0", "-3"], r"--z0: '-3': valid are estimate, zero, on_policy, or a number >= 0"),
+    "dtype": (["--dtype", "int8"], r"--dtype: 'int8': valid are fp32, bf16, fp64"),
     "ratio": (["--lambda_ratio", "2"], r"--lambda_ratio 2.0: .*\[1, 1.5\]"),
     "missing file": (["--data", "/nowhere/rows.jsonl"], r"--data /nowhere/rows.jsonl: no such file"),
     "empty file": (["--data", "EMPTY"], r"--data .*: the file is empty"),
@@ -715,7 +808,8 @@ BAD = {
     "flips": (["--flip", "1.5"], r"--flip 1.5: a share, from 0 to 1"),
     "flips of a file": (["--data", "ROWS", "--flip", "0.2"], r"--flip: belongs to the embedded world"),
     "stages": (["--loss", "spin", "--stages", "0"], r"--stages 0: must be at least 1"),
-    "moving": (["--loss", "tr_dpo", "--ref_mix", "0"], r"--ref_mix 0.0 .*must be in \(0, 1\]"),
+    "betas": (["--loss", "spin", "--beta", "1,2"], r"--beta: \[1.0, 2.0\] for 4 stages; give one, or one for each"),
+    "moving": (["--loss", "tr_dpo", "--ref_mix", "0"], r"--ref_mix 0.0: a share, above 0 and up to 1"),
     "both": (["--overwrite", "--resume"], r"--overwrite and --resume: give one of them"),
     "not a flag": (["kto"], r"'kto': expected --name value or --name=value"),
     "flag without the file it belongs to": (["--threshold", "1"], r"--threshold: needs --data FILE"),
@@ -877,8 +971,9 @@ def test_the_small_gpt_trains_on_scored_reviews_over_gpt2s_vocabulary(tmp_path, 
 # --- the README ------------------------------------------------------------------------------------------------
 
 def test_the_readmes_table_of_methods_is_the_one_the_docstrings_give():
-    """Stale? python -c "import train; print(train.methods_table())" prints the one to paste."""
-    assert train.methods_table() in (ROOT / "README.md").read_text()
+    """Stale? python experiments.py objectives prints the one to paste."""
+    import experiments
+    assert experiments.objectives_table() in (ROOT / "README.md").read_text()
 
 
 def test_the_readmes_table_of_results_is_the_one_in_results():

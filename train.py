@@ -31,7 +31,7 @@ import sys
 import tempfile
 import threading
 import time
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import timedelta
 from functools import cached_property
@@ -509,7 +509,8 @@ def example_values(n):
 
 def main(argv=None):
     try:
-        return run(sys.argv[1:] if argv is None else argv)
+        with ExitStack() as held:
+            return run(sys.argv[1:] if argv is None else argv, held)
     except SystemExit as e:
         if isinstance(e.code, str) and not Group.first_to_say(e.code):          # one line in all, not one per process
             raise SystemExit(1) from None
@@ -521,7 +522,7 @@ def main(argv=None):
             dist.destroy_process_group()
 
 
-def run(argv):
+def run(argv, held):
     cfg, hyper, origin = settings(argv)
     out = Path(cfg.out)
     if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) and (out / "config.json").is_file():        # torchrun has started us again: go on
@@ -572,10 +573,11 @@ def run(argv):
         done, running = load_checkpoint(out / "checkpoint", policy)              # steps done, over all stages
     if group.rank == 0 and not cfg.dry_run:
         check_disk(out, policy)
+        held.enter_context(locked(out / "lock", wait=False))
         prepare_out(out, record, done, cfg)
     group.barrier()
 
-    clock = time.perf_counter()
+    clock, cpu = time.perf_counter(), time.process_time()
     for stage in range(done // cfg.steps, stages):
         first = max(0, done - stage * cfg.steps)
         if stage and group.rank == 0 and not (out / f"stage-{stage}").exists():
@@ -593,7 +595,7 @@ def run(argv):
         if cfg.dry_run:
             return dry_run(policy, reference, optimizer, some, prompts, task, apart)
         loop(policy, reference, optimizer, some, prompts, task, source, range(first, cfg.steps), running, apart, stage, stages)
-    seconds["align"] = time.perf_counter() - clock
+    seconds |= {"align": time.perf_counter() - clock, "align_cpu": time.process_time() - cpu}
     if group.rank == 0:
         policy.save(out / "model", eot=source.tokenizer.eot)
         source.tokenizer.save(out / "model")
@@ -923,14 +925,17 @@ def fit(policy, rows, cfg, group, what):
 
 
 @contextmanager
-def locked(path):
+def locked(path, wait=True):
+    """Holds a lock file; where another process holds it, waits or ends in one line."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "w") as f:
         try:
             import fcntl
-            fcntl.flock(f, fcntl.LOCK_EX)
+            fcntl.flock(f, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         except ImportError:                                                            # Windows: two runs at once are not guarded
             pass
+        except BlockingIOError:
+            raise SystemExit(f"--out {path.parent}: another run is writing there; wait for it or choose another --out") from None
         yield
 
 
@@ -959,22 +964,28 @@ def save_checkpoint(folder, policy, optimizer, step, running, reference=None):
 
 
 def load_checkpoint(folder, policy, optimizer=None, reference=None):
-    """(steps done, running means); policy, optimiser and a moving reference are filled in place."""
-    files = sorted(folder.glob("step-*.safetensors"))
-    if not files:
+    """(steps done, running means); policy, optimiser and a moving reference are filled in place. A damaged file gives way to the one before."""
+    files = sorted(folder.glob("step-*.safetensors"), reverse=True)
+    for path in files:
+        try:
+            with safe_open(path, "pt") as f:
+                saved, state = {k: f.get_tensor(k) for k in f.keys()}, json.loads(f.metadata()["state"])
+            break
+        except (SafetensorError, OSError, KeyError, TypeError, ValueError) as e:
+            print(f"--resume: {path} is damaged ({e}); going back to the one before it", file=sys.stderr, flush=True)
+    else:
+        if files:
+            raise SystemExit(f"--resume: none of the checkpoints in {folder} can be read; --overwrite starts again")
         return 0, {}
-    with safe_open(files[-1], "pt") as f:
-        state = json.loads(f.metadata()["state"])
-        names = set(f.keys())
-        for name, p in policy.named_parameters():
-            if "policy." + name not in names:
-                raise SystemExit(f"--resume: {files[-1]} has no tensor for {name}: it belongs to another model")
-            p.data.copy_(f.get_tensor("policy." + name))
-            if optimizer is not None and "exp_avg." + name in names:
-                optimizer.state[p] = {k: f.get_tensor(f"{k}.{name}").to(p.device) for k in ("step", "exp_avg", "exp_avg_sq")}
-        for name, p in reference.live.named_parameters() if isinstance(reference, MovingReference) else ():
-            p.data.copy_(f.get_tensor("reference." + name))
-        torch.set_rng_state(f.get_tensor("rng"))
+    for name, p in policy.named_parameters():
+        if getattr(saved.get("policy." + name), "shape", None) != p.shape:
+            raise SystemExit(f"--resume: {path} has no tensor of shape {list(p.shape)} for {name}: it belongs to another model")
+        p.data.copy_(saved["policy." + name])
+        if optimizer is not None and "exp_avg." + name in saved:
+            optimizer.state[p] = {k: saved[f"{k}.{name}"].to(p.device) for k in ("step", "exp_avg", "exp_avg_sq")}
+    for name, p in reference.live.named_parameters() if isinstance(reference, MovingReference) else ():
+        p.data.copy_(saved["reference." + name])
+    torch.set_rng_state(saved["rng"])
     return state["step"], state["running"]
 
 
@@ -996,7 +1007,7 @@ def check_out(out, cfg):
     is_run = (out / "config.json").is_file()
     if cfg.resume and not is_run:
         raise SystemExit(f"--resume: {out} holds no run (no config.json); start it without --resume")
-    if out.is_dir() and any(out.iterdir()) and not cfg.resume and not cfg.dry_run:
+    if out.is_dir() and any(p.name != "lock" for p in out.iterdir()) and not cfg.resume and not cfg.dry_run:
         if not is_run:
             raise SystemExit(f"--out {out}: holds files that are not a run's; choose an empty or new folder")
         if not cfg.overwrite:

@@ -757,6 +757,29 @@ def test_the_last_two_checkpoints_are_kept_and_no_half_files(lab, tmp_path):
     assert sorted(p.name for p in (tmp_path / "run" / "checkpoint").iterdir()) == ["step-000008.safetensors", "step-000009.safetensors"]
 
 
+def test_a_truncated_checkpoint_gives_way_to_the_one_before_and_another_models_is_refused(lab, tmp_path, capsys):
+    run(*flags(lab, tmp_path / "run", "--save_every", 2, steps=4))
+    newest, before = (tmp_path / "run/checkpoint" / f"step-00000{k}.safetensors" for k in (4, 2))
+    newest.write_bytes(newest.read_bytes()[:5000])
+    run(*flags(lab, tmp_path / "run", "--save_every", 2, "--resume", steps=6))
+    assert "step-000004.safetensors is damaged" in capsys.readouterr().err and [m["step"] for m in metrics(tmp_path / "run")] == list(range(6))
+    for path in (tmp_path / "run/checkpoint").iterdir():
+        path.write_bytes(b"")
+    with pytest.raises(SystemExit, match="none of the checkpoints in .* can be read"):
+        run(*flags(lab, tmp_path / "run", "--resume", steps=6))
+    for path in (tmp_path / "run/checkpoint").iterdir():
+        train.save_file({"policy.wte.weight": torch.zeros(3, 3), "rng": torch.get_rng_state()}, path, metadata={"state": '{"step": 2, "running": {}}'})
+    with pytest.raises(SystemExit, match=r"has no tensor of shape \[257, 32\] for wte.weight: it belongs to another model"):
+        run(*flags(lab, tmp_path / "run", "--resume", steps=6))
+
+
+def test_two_runs_into_one_folder_are_one_too_many(lab, tmp_path):
+    run(*flags(lab, tmp_path / "run", steps=1))
+    with train.locked(tmp_path / "run" / "lock"), pytest.raises(SystemExit, match="another run is writing there"):
+        run(*flags(lab, tmp_path / "run", "--overwrite", steps=1))
+    run(*flags(lab, tmp_path / "run", "--overwrite", steps=1))
+
+
 def test_resume_refuses_settings_that_changed_and_lists_them(lab, tmp_path):
     run(*flags(lab, tmp_path / "run", steps=2))
     with pytest.raises(SystemExit, match=r"settings changed .*beta was 0.1, is 0.2.*seed was 3, is 4"):

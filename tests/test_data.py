@@ -191,13 +191,16 @@ def complaint(files, **how):
 CHAT = [{"role": "system", "content": "S"}, {"role": "user", "content": "Q"}]
 TURNS = (Turn("system", "S"), Turn("user", "Q"))
 SHARE = [{"from": "system", "value": "S"}, {"from": "human", "value": "Q"}]
+LONG = [{"role": "assistant", "content": "a"}, {"role": "user", "content": "b"}, {"role": "assistant", "content": "c"}]
+GOES_ON = (Turn("assistant", "a"), Turn("user", "b"), Turn("assistant", "c"))
+CALLS = [{"type": "function", "function": {"name": "weather", "arguments": {"place": "\u00c9vry", "unit": "</s>"}}}]
 FORMATS = [
     ({"prompt": "Q", "completion": "A", "label": True}, {}, Feedback("Q", "A", True)),
     ({"prompt": "Q", "text": "A", "label": False}, {}, Feedback("Q", "A", False)),
     ({"prompt": "Q", "response": "A", "kto_tag": False}, {}, Feedback("Q", "A", False)),
     ({"prompt": CHAT, "completion": [{"role": "assistant", "content": "A"}], "label": 1}, {}, Feedback(TURNS, "A", True)),
-    ({"prompt": "Q", "completion": "A", "reward": 1.5}, {"threshold": 1.0}, Feedback("Q", "A", True)),
-    ({"prompt": "Q", "text": "A", "score": 1}, {"threshold": 1.0}, Feedback("Q", "A", False)),       # "> threshold", not ">="
+    ({"prompt": "Q", "completion": "A", "reward": 1.5}, {"threshold": 1.0}, Feedback("Q", "A", True, score=1.5)),
+    ({"prompt": "Q", "text": "A", "score": 1}, {"threshold": 1.0}, Feedback("Q", "A", False, score=1.0)),       # "> threshold", not ">="
     ({"prompt": "Q", "completion": "A", "reward": 9, "label": False}, {"threshold": 1.0}, Feedback("Q", "A", False)),
     ({"messages": [*CHAT, {"role": "assistant", "content": "A"}], "label": True}, {}, Feedback(TURNS, "A", True)),
     ({"conversations": [*SHARE, {"from": "gpt", "value": "A"}], "kto_tag": False}, {}, Feedback(TURNS, "A", False)),
@@ -210,7 +213,31 @@ FORMATS = [
     ({"question": "Q", "response_j": "A", "response_k": "B"}, {"columns": {"prompt": "question", "chosen": "response_j", "rejected": "response_k"}}, Pair("Q", "A", "B")),
     ({"prompt": "Q", "completion": "A", "text": "B", "response": "C", "label": True}, {}, Feedback("Q", "A", True)),   # ours before an alias
     ({"prompt": "old", "question": "Q", "completion": "A", "label": 0}, {"columns": {"prompt": "question"}}, Feedback("Q", "A", False)),
+    ({"messages": CHAT, "chosen": {"role": "assistant", "content": "A"}, "rejected": {"role": "assistant", "content": "B"}}, {}, Pair(TURNS, "A", "B")),
+    ({"instruction": "Q", "input": "I", "output": "A", "system": "S", "history": [["q", "a"]], "kto_tag": True}, {},
+     Feedback((TURNS[0], Turn("user", "q"), Turn("assistant", "a"), Turn("user", "Q\nI")), "A", True)),
+    ({"instruction": "Q", "input": "", "chosen": "A", "rejected": "B"}, {}, Pair((Turn("user", "Q"),), "A", "B")),
+    ({"conversations": SHARE[1:], "system": "S", "chosen": "A", "rejected": "B"}, {}, Pair(TURNS, "A", "B")),
+    ({"conversations": [*SHARE, {"from": "gpt", "value": "A"}], "system": "other", "label": True}, {}, Feedback(TURNS, "A", True)),
+    ({"prompt": "Q", "system": "S", "completion": "A", "label": True, "target": None}, {}, Feedback(TURNS, "A", True)),
+    ({"prompt": "Q", "system": "", "chosen": "A", "rejected": "B", "target": "C", "score_chosen": None}, {}, Pair("Q", "A", "B", target="C")),
+    ({"prompt": "Q", "messages": [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "A"}],            # UltraFeedback's columns
+      "chosen": [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "A"}],
+      "rejected": [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "B"}]}, {}, Pair(TURNS[1:], "A", "B")),
+    ({"prompt": CHAT, "completion": [*LONG], "label": True}, {}, Feedback(TURNS, GOES_ON, True)),
+    ({"prompt": CHAT, "chosen": LONG, "rejected": LONG[:1], "segment": {"start": 0, "end": 1}}, {}, Pair(TURNS, GOES_ON, "a", segment=(0, 1))),
+    ({"chosen": [*CHAT, *LONG], "rejected": [*CHAT, {"role": "assistant", "content": "B"}]}, {}, Pair(TURNS, GOES_ON, "B")),
+    ({"chosen": [*CHAT, *LONG], "rejected": [*CHAT, *LONG[:2], {"role": "assistant", "content": "B"}]}, {}, Pair((*TURNS, *GOES_ON[:2]), "c", "B")),
+    ({"chosen": [*CHAT, *LONG], "rejected": [*CHAT, LONG[0]]}, {}, Pair(TURNS, GOES_ON, "a")),        # one a prefix of the other
+    ({"chosen": [*CHAT, LONG[0]], "rejected": [*CHAT, LONG[0]]}, {}, Pair(TURNS, "a", "a")),          # the same: encode drops and counts it
+    ({"chosen": [*CHAT, *LONG], "rejected": [*CHAT, LONG[0], {"role": "user", "content": "x"}, LONG[2]]}, {},       # the users differ: back to the assistant
+     Pair(TURNS, GOES_ON, (GOES_ON[0], Turn("user", "x"), GOES_ON[2]))),
+    ({"messages": [{"role": "user", "content": "Q", "name": "Ann"}, {"role": "assistant", "content": None, "tool_calls": CALLS},
+                   {"role": "tool", "content": "R", "tool_call_id": "7"}, {"role": "assistant", "content": "A", "id": 3}], "label": True}, {},
+     Feedback((Turn("user", "Q", '{"name": "Ann"}'), Turn("assistant", "", json.dumps({"tool_calls": CALLS}, ensure_ascii=False)), Turn("tool", "R", '{"tool_call_id": "7"}')), "A", True)),
 ]
+MANY = ({"prompt": "Q", "responses": ["A", [{"role": "assistant", "content": "B"}]], "scores": [2, 0.5]},
+        [Feedback("Q", "A", True, score=2.0), Feedback("Q", "B", False, score=0.5)])
 
 
 @pytest.mark.parametrize("as_array", [False, True], ids=["jsonl", "array"])
@@ -227,7 +254,7 @@ def test_every_format_reads_alike_from_lines_and_from_an_array(tmp_path, record,
 
 
 def test_every_named_format_is_among_the_examples(tmp_path):
-    names = {data.parse(record, **how)[0] for record, how, _ in FORMATS}
+    names = {data.parse(record, **how)[0] for record, how, _ in FORMATS} | {data.parse(MANY[0], threshold=1)[0]}
     assert names == set(data.FORMATS)
 
 
@@ -237,7 +264,7 @@ def test_a_label_is_true_false_one_zero_or_minus_one(tmp_path, label, desirable)
     assert example.desirable is desirable
 
 
-@pytest.mark.parametrize("label", ['"true"', '"1"', '"good"', '""', "2", "-2", "0.5", "1.0", "NaN", "null", "[]", "[1]", "{}"])
+@pytest.mark.parametrize("label", ['"true"', '"1"', '"good"', '""', "2", "-2", "0.5", "1.0", "NaN", "[]", "[1]", "{}"])
 def test_any_other_label_is_an_error_that_names_file_and_row(tmp_path, label):
     ok = {"prompt": "Q", "completion": "A", "label": True}
     path = jsonl(tmp_path / "f.jsonl", ok, '{"prompt": "Q", "completion": "A", "label": %s}' % label)
@@ -259,17 +286,32 @@ BAD_ROWS = [                                                                    
     ({"prompt": "Q", "completion": "A", "reward": True}, "finite number", {"threshold": 1.0}),
     ('{"prompt": "Q", "completion": "A", "reward": NaN}', "finite number", {"threshold": 1.0}),
     ('{"prompt": "Q", "completion": "A", "reward": 1e999}', "finite number", {"threshold": 1.0}),
-    ({"prompt": "Q", "completion": "A", "reward": None}, "finite number", {"threshold": 1.0}),
+    ({"prompt": "Q", "completion": "A", "reward": None}, "without label)", {"threshold": 1.0}),          # null counts as absent
+    ({"prompt": "Q", "completion": "A", "label": None}, "(nearest: prompt + completion + label, without label)", {}),
     ({"prompt": "Q", "chosen": "A", "rejected": "B", "score_chosen": "2"}, "score_chosen is '2'", {}),
     ({"prompt": 5, "completion": "A", "label": True}, "text or a list of messages", {}),
     ({"prompt": [], "completion": "A", "label": True}, "text or a list of messages", {}),
-    ({"prompt": None, "completion": "A", "label": True}, "text or a list of messages", {}),
-    ({"prompt": "Q", "completion": None, "label": True}, "text or a list of messages", {}),
+    ({"prompt": None, "completion": "A", "label": True}, "(nearest: prompt + completion + label, without prompt)", {}),
+    ({"prompt": "Q", "completion": None, "label": True}, "without completion)", {}),
     ({"prompt": "Q", "completion": 7, "label": True}, "text or a list of messages", {}),
     ({"prompt": "Q", "completion": CHAT, "label": True}, "one assistant message", {}),
-    ({"prompt": "Q", "completion": [{"role": "assistant", "content": "A"}] * 2, "label": True}, "one assistant message", {}),
+    ({"prompt": "Q", "completion": [{"role": "assistant", "content": "A"}, *CHAT], "label": True}, "from the assistant's to the assistant's", {}),
+    ({"prompt": "Q", "completion": [*CHAT, {"role": "assistant", "content": "A"}], "label": True}, "from the assistant's to the assistant's", {}),
     ({"prompt": "Q", "chosen": {"role": "user", "content": "A"}, "rejected": "B"}, "one assistant message", {}),
-    ({"prompt": "Q", "chosen": None, "rejected": "B"}, "text or a list of messages", {}),
+    ({"prompt": "Q", "chosen": None, "rejected": "B"}, "(nearest: prompt + chosen + rejected, without chosen)", {}),
+    ({"chosen": "Q A", "rejected": "Q B"}, "never guessed from a common beginning", {}),
+    *(({"prompt": "Q", "chosen": "A", "rejected": "B", "segment": x}, 'expected {"start": 0, "end": 2}', {})
+      for x in ([0, 1], 1, {}, {"start": 0}, {"start": 1, "end": 1}, {"start": 2, "end": 1}, {"start": -1, "end": 1}, {"start": 0, "end": 1.0}, {"start": False, "end": 1})),
+    ({"instruction": "Q", "output": "A", "label": True, "history": [["q"]]}, "list of [question, answer]", {}),
+    ({"instruction": "Q", "output": "A", "label": True, "history": "q"}, "list of [question, answer]", {}),
+    ({"instruction": ["Q"], "output": "A", "label": True}, "instruction and input must be texts", {}),
+    ({"instruction": "Q", "input": 1, "output": "A", "label": True}, "instruction and input must be texts", {}),
+    ({"instruction": "Q", "system": 1, "output": "A", "label": True}, "text content", {}),
+    ({"prompt": "Q", "responses": ["A"], "scores": [1, 2]}, "two lists of one length", {"threshold": 1.0}),
+    ({"prompt": "Q", "responses": "A", "scores": [1]}, "two lists of one length", {"threshold": 1.0}),
+    ({"prompt": "Q", "responses": [], "scores": []}, "two lists of one length", {"threshold": 1.0}),
+    ({"prompt": "Q", "responses": ["A"], "scores": ["1"]}, "scores is '1'", {"threshold": 1.0}),
+    ({"prompt": "Q", "responses": ["A"], "scores": [1]}, "--threshold", {}),
     ({"messages": CHAT, "label": True}, "last message is the user's", {}),
     ({"messages": [], "label": True}, "list of messages", {}),
     ({"messages": "Q", "label": True}, "list of messages", {}),
@@ -450,6 +492,204 @@ def test_mismatched_keeps_the_prompt_and_cuts_the_response_to_fit():
         y = mismatched(row, partner, max_len)
         assert y.ids.tolist() == [1, 2, 3] + response and y.mask.tolist() == [0, 0, 0] + [1] * len(response)
         assert (y.n_prompt, y.prompt_key, y.desirable, y.where) == (3, row.prompt_key, False, "here")
+
+
+# --- continuations of several turns -----------------------------------------------------------------------------------
+
+CHATML = ("{% for m in messages %}<|user|>{{ m.role }}\n{{ m.content }}{% if m.tool_calls %}<call>{{ m.tool_calls | tojson }}{% endif %}</s>\n{% endfor %}"
+          "{% if add_generation_prompt %}<|user|>assistant\n{% endif %}")                          # <|user|> for <|im_start|>, </s> for <|im_end|>
+LLAMA2 = ("{% for m in messages %}{% if m.role == 'assistant' %} {{ m.content }} {{ eos_token }}{% else %}{{ bos_token }}"
+          "{{ '[INST] <<SYS>>' ~ m.content ~ '<</SYS>>' if m.role == 'system' else '[INST] ' ~ m.content }} [/INST]{% endif %}{% endfor %}")
+ASK = (Turn("system", "S"), Turn("user", "q1"), Turn("assistant", "a1"), Turn("user", "q2"))
+GO = (Turn("assistant", "a2"), Turn("user", "q3"), Turn("assistant", "a3"), Turn("tool", "r4"), Turn("assistant", "a4"))
+
+
+@pytest.fixture(scope="module", params=["chatml", "llama2", "plain", "bytes"])
+def talker(request, tmp_path_factory):
+    if request.param == "bytes":
+        return BYTES
+    return data.load_tokenizer(hf_folder(tmp_path_factory.mktemp(request.param), {"chatml": CHATML, "llama2": LLAMA2}.get(request.param)))
+
+
+def rendered(tokenizer, turns):
+    """The whole conversation by the template, or by the documented plain one, and its ids as the tokenizer itself makes them of it."""
+    if tokenizer.hf and tokenizer.backend.chat_template:
+        text = tokenizer.backend.apply_chat_template([{"role": t.role, "content": t.content} for t in turns], tokenize=False)
+        return tokenizer.backend(text, add_special_tokens=False).input_ids
+    ids = list(tokenizer.bos)
+    for t in turns:
+        ids += tokenizer.encode(f"{t.role.capitalize()}:\n{t.content}") + [tokenizer.eot] * (t.role == "assistant") + tokenizer.encode("\n\n")
+    return ids
+
+
+def trained_runs(row, tokenizer):
+    """The trained tokens, a text for each unbroken run of them, "#" for the end-of-text."""
+    runs = "".join(tokenizer.decode([i]).replace("</s>", "#").replace(EOT, "#") if m else "\n" for i, m in zip(row.ids.tolist(), row.mask))
+    return [r.replace(" #", "#") for r in runs.split("\n") if r]                                   # Llama 2 has a space before its </s>
+
+
+@pytest.mark.parametrize("turns, runs, context", [("last", ["a4#"], "q2"), ("all", ["a1#", "a2#", "a3#", "a4#"], "q1")])
+def test_a_conversations_ids_are_the_templates_and_its_mask_the_turns_asked_for(talker, turns, runs, context):
+    (row,), counts = encode([Feedback(ASK, GO, False)], talker, turns=turns)
+    ids = rendered(talker, ASK + GO)
+    n = len(ids) - ids[::-1].index(talker.eot)                                       # what follows the last end-of-text is not needed
+    assert row.ids.tolist() == ids[:n] and trained_runs(row, talker) == runs
+    before = talker.decode(row.ids[:row.n_prompt])
+    assert context in before and runs[0][:2] not in before.split(context)[1] and (turns == "all" or talker.decode(row.response).startswith("a2"))
+    assert counts == {"read": 1, "undesirable": 1, "prompts": 1} and not row.desirable
+
+
+def test_turns_all_also_trains_the_prompts_answers_of_a_response_of_one_turn(talker):
+    (row,), _ = encode([Feedback(ASK, "a2", True)], talker, turns="all")
+    assert trained_runs(row, talker) == ["a1#", "a2#"] and talker.decode(row.response).startswith("a1")
+    (row,), _ = encode([Feedback(ASK, "a2", True)], talker)
+    assert trained_runs(row, talker) == ["a2#"] and row.ids[:row.n_prompt].tolist() == talker.prompt_ids(ASK)
+    (alone,), _ = encode([Feedback(ASK[:2], "a2", True)], talker, turns="all")       # nothing but the response to train: the row of "last"
+    assert alone.ids.tolist() == encode([Feedback(ASK[:2], "a2", True)], talker)[0][0].ids.tolist()
+
+
+@pytest.mark.parametrize("turns, segment, runs", [
+    ("last", None, ["a4#"]), ("all", None, ["a2#", "a3#", "a4#"]), ("segment", (0, 1), ["a2#"]), ("segment", (1, 2), ["a3#"]), ("segment", (1, 3), ["a3#", "a4#"])])
+def test_branches_of_a_pair_are_trained_after_their_shared_prompt(talker, turns, segment, runs):
+    other = tuple(t._replace(content=t.content.replace("a", "b")) for t in GO)
+    ((chosen, rejected),), _ = encode([Pair(ASK, GO, other, segment=segment)], talker, turns=turns)
+    assert trained_runs(chosen, talker) == runs and trained_runs(rejected, talker) == [r.replace("a", "b") for r in runs]
+    assert chosen.prompt_key == rejected.prompt_key and talker.decode(chosen.response).startswith("a2") and chosen.desirable and not rejected.desirable
+    assert chosen.mask[-1] == 1                                                      # nothing follows the last trained token
+    assert rendered(talker, ASK + GO)[:len(chosen.ids)] == chosen.ids.tolist()
+
+
+def test_a_branch_of_one_turn_and_one_of_several_still_share_their_prompt(talker):
+    ((chosen, rejected, target),), _ = encode([Pair(ASK, GO[:1], GO, target="c")], talker)
+    assert chosen.prompt_key == rejected.prompt_key == target.prompt_key
+    assert [trained_runs(r, talker) for r in (chosen, rejected, target)] == [["a2#"], ["a4#"], ["c#"]]
+
+
+@given(st.lists(texts, min_size=5, max_size=5))
+@pytest.mark.parametrize("turns", ["last", "all"])
+def test_trained_turns_are_exactly_the_assistants_texts_whatever_they_spell(chat, turns, contents):
+    assume(contents[0].strip() and contents[2].strip() and contents[4].strip())
+    roles = ("assistant", "user", "assistant", "user", "assistant")
+    for tokenizer in (chat, BYTES):
+        (row,), _ = encode([Feedback((Turn("user", "Q"),), tuple(map(Turn, roles, contents)), True)], tokenizer, turns=turns, max_len=4000)
+        wanted = contents[4:] if turns == "last" else contents[::2]
+        assert row.ids[row.mask > 0].tolist() == [i for c in wanted for i in [*tokenizer.encode(c), tokenizer.eot]]
+        assert (row.ids == tokenizer.eot).sum() == (3 if tokenizer is BYTES else 6)  # the ends of turns, and no text that spells one
+
+
+@pytest.mark.parametrize("whole, add_eot", [(False, True), (True, False)])
+def test_a_continuation_that_was_cut_has_no_end_but_its_earlier_turns_do(talker, whole, add_eot):
+    (row,), _ = encode([Feedback(ASK, GO, True, whole)], talker, turns="all", add_eot=add_eot)
+    assert [r.strip() for r in trained_runs(row, talker)] == ["a1#", "a2#", "a3#", "a4"] and row.ids[-1] != talker.eot
+
+
+def test_a_continuation_is_cut_from_the_right_and_dropped_where_nothing_trained_is_left():
+    prompt, go = (Turn("user", "Q"),), (Turn("assistant", "a" * 9), Turn("user", "b" * 9), Turn("assistant", "c" * 9))
+    n = len(encode([Feedback(prompt, go, True)], BYTES)[0][0].ids)
+    (row,), counts = encode([Feedback(prompt, go, True)], BYTES, max_len=n - 1)
+    assert trained_runs(row, BYTES) == ["c" * 9] and counts["response cut from the right"] == 1      # its end is what was cut
+    rows, counts = encode([Feedback(prompt, go, True), Feedback(prompt, "x", False)], BYTES, max_len=n - 10)
+    assert [BYTES.text(r.response) for r in rows] == ["x"] and counts["dropped: nothing left to train"] == 1 and "desirable" not in counts
+    pairs, counts = encode([Pair(prompt, "x", go)], BYTES, max_len=n - 10)
+    assert pairs == [] and counts == {"read": 1, "response cut from the right": 1, "dropped: nothing left to train": 1}
+    (row,), _ = encode([Feedback(prompt, go, True)], BYTES, max_len=n - 10, turns="all")
+    assert trained_runs(row, BYTES) == ["a" * 9 + "#"]
+    (row,), counts = encode([Feedback(prompt, go, True)], BYTES, max_prompt_len=3)
+    assert row.ids[:3].tolist() == BYTES.encode("nt:\n")[-3:] and trained_runs(row, BYTES) == ["c" * 9 + "#"] and counts["prompt cut from the left"] == 1
+
+
+def test_pairs_that_differ_only_after_their_segment_are_the_same():
+    other = (GO[0], GO[1], Turn("assistant", "else"))
+    pairs, counts = encode([Pair(ASK, GO[:3], other, segment=(0, 1))], BYTES, turns="segment")
+    assert pairs == [] and counts["dropped: chosen is rejected"] == 1
+    assert len(encode([Pair(ASK, GO[:3], other, segment=(0, 2))], BYTES, turns="segment")[0]) == 1
+
+
+def test_a_blank_turn_is_dropped_where_it_would_be_trained():
+    blank = (GO[0], GO[1], Turn("assistant", " \n"))
+    for example in (Feedback(ASK, blank, True), Pair(ASK, GO[:3], blank), Pair(ASK, blank, "x")):
+        assert encode([example], BYTES) == ([], {"read": 1, "dropped: empty response": 1})
+    early = Feedback((Turn("user", "Q"), Turn("assistant", ""), Turn("user", "Q")), "A", True)
+    assert len(encode([early], BYTES)[0]) == 1 and encode([early], BYTES, turns="all")[1]["dropped: empty response"] == 1
+
+
+@pytest.mark.parametrize("example, words", [
+    (Pair(ASK, GO, GO[:3], where="f: line 2"), "--turns segment needs the column segment"),
+    (Pair(ASK, GO, GO[:3], segment=(0, 3), where="f: line 2"), "turns 0 to 3 (end excluded, from 0), but rejected has only 2"),
+    (Pair(ASK, "A", GO, segment=(1, 2), where="f: line 2"), "turns 1 to 2 (end excluded, from 0), but chosen has only 1"),
+    (Feedback(ASK, GO, True, where="f: line 2"), "--turns segment is for pairs"),
+])
+def test_a_segment_that_is_not_in_both_branches_is_an_error_that_names_the_row(example, words):
+    with pytest.raises(SystemExit) as e:
+        encode([example], BYTES, turns="segment")
+    assert str(e.value).startswith("f: line 2: ") and words in str(e.value) and "\n" not in str(e.value)
+
+
+def test_several_turns_after_a_prompt_that_is_a_text_are_an_error_and_so_are_unknown_turns():
+    with pytest.raises(SystemExit, match="f: line 2: a response of several messages needs a conversation as its prompt"):
+        encode([Feedback("Q", GO, True, where="f: line 2")], BYTES)
+    with pytest.raises(ValueError, match="last, all, segment"):
+        encode([Feedback("Q", "A", True)], BYTES, turns="first")
+
+
+@pytest.mark.parametrize("template", ["{% for m in messages %}{{ m.content if not loop.last else '' }}</s>{% endfor %}",
+                                      "{% for m in messages %}{{ m.content[:3] if m.role == 'assistant' else m.content }}</s>{% endfor %}"], ids=["drops", "cuts"])
+def test_a_template_that_loses_the_response_is_an_error(tmp_path, template):
+    with pytest.raises(SystemExit, match="f: line 2: the chat template loses or changes a message"):
+        encode([Feedback(ASK, GO, True, where="f: line 2")], data.load_tokenizer(hf_folder(tmp_path, template)))
+
+
+def test_a_template_that_writes_the_shared_prompt_in_two_ways_is_an_error(tmp_path):
+    tokenizer = data.load_tokenizer(hf_folder(tmp_path, "{{ messages | length }}{% for m in messages %}|{{ m.content }}</s>{% endfor %}"))
+    with pytest.raises(SystemExit, match="f: line 2: the chat template writes the prompt of chosen and rejected differently"):
+        encode([Pair(ASK, GO, GO[:3], where="f: line 2")], tokenizer)
+
+
+def test_tool_calls_go_through_the_template_and_their_text_is_no_control_token(tmp_path):
+    tokenizer = data.load_tokenizer(hf_folder(tmp_path, CHATML))
+    more = json.dumps({"tool_calls": CALLS}, ensure_ascii=False)
+    chat = (Turn("user", "Q"), Turn("assistant", "", more), Turn("tool", "R"))
+    (row,), _ = encode([Feedback(chat, "A", True)], tokenizer)
+    start, end = tokenizer.backend.convert_tokens_to_ids("<|user|>"), tokenizer.eot
+    says = tokenizer.encode
+    assert row.ids.tolist() == [start, *says("user\nQ"), end, *says("\n"), start, *says("assistant\n<call>" + json.dumps(CALLS, ensure_ascii=False)), end, *says("\n"),
+                                start, *says("tool\nR"), end, *says("\n"), start, *says("assistant\nA"), end]
+    assert trained_runs(encode([Feedback(chat, "A", True)], tokenizer, turns="all")[0][0], tokenizer) == ["A#"]    # calls are the template's own text
+    both = (chat[0], Turn("assistant", "Wait.", more), chat[2])
+    (row,), _ = encode([Feedback(chat[:1], (*chat[1:], Turn("assistant", "A")), True)], tokenizer)
+    assert row.ids[:row.n_prompt].tolist() == tokenizer.prompt_ids(chat[:1]) and trained_runs(row, tokenizer) == ["A#"]
+    with pytest.raises(SystemExit, match="f: line 2: the last turn is nothing but tool calls"):
+        encode([Feedback(chat[:1], chat[1:2], True, where="f: line 2")], tokenizer)
+    plain = BYTES.decode(BYTES.prompt_ids(both))
+    assert plain == f"User:\nQ\n\nAssistant:\nWait.\n{json.dumps(CALLS, ensure_ascii=False)}{EOT}\n\nTool:\nR\n\nAssistant:\n"
+    (row,), _ = encode([Feedback(chat[:1], chat[1:2], True)], BYTES)                 # the plain template's calls are content: they can be trained
+    assert BYTES.text(row.response) == json.dumps(CALLS, ensure_ascii=False)
+
+
+def test_a_mismatched_response_begins_at_its_first_trained_token_and_keeps_its_weights():
+    (row, partner), _ = encode([Feedback("Q", "x", True), Feedback(ASK, GO, False)], BYTES)
+    assert BYTES.text(mismatched(row, partner, 99).response) == "a4"
+    (_, partner), _ = encode([Feedback("Q", "x", True), Feedback(ASK, GO, False)], BYTES, turns="all")
+    y = mismatched(row, partner, 99)
+    assert y.ids.tolist() == [*row.ids[:row.n_prompt], *partner.response] and y.mask.tolist() == [0.0] * row.n_prompt + partner.mask[partner.n_prompt:].tolist()
+    assert trained_runs(mismatched(row, partner, row.n_prompt + 2), BYTES) == ["a1"]
+
+
+def test_length_desensitising_counts_trained_tokens_wherever_they_stand():
+    long, short = make_row([1], [2, 3, 4, 5, 6], trained=[1, 0, 1, 1, 1]), make_row([1], [7, 8, 9], trained=[0, 1, 1])
+    a, b = data.length_desensitised((long, short), 0.25)
+    assert a.mask.tolist() == [0, 1, 0, 1, 0.25, 0.25] and b.mask.tolist() == [0, 0, 1, 1]
+
+
+def test_the_worlds_sessions_train_the_segment_only():
+    import world
+    tokenizer, sessions = data.Tokenizer(world.tokenizer()), world.sessions(20, 0)
+    pairs = [data.parse(s, f"session {i}")[1][0] for i, s in enumerate(sessions)]
+    rows, counts = encode(pairs, tokenizer, turns="segment")
+    assert counts["pairs"] == 20 and {len(s["chosen"]) for s in sessions} == {1, 3}
+    for s, unit in zip(sessions, rows, strict=True):
+        for side, row in zip(("chosen", "rejected"), unit, strict=True):
+            assert tokenizer.text(row.ids[row.mask > 0]) == s[side][0]["content"] and row.ids[-1] == tokenizer.eot
 
 
 # --- pairs ------------------------------------------------------------------------------------------------------------
@@ -661,10 +901,10 @@ def test_showing_a_file_prints_prompt_trained_tokens_partner_and_label(tmp_path,
     out = capsys.readouterr().out
     assert "format: prompt, completion, label" in out and "read 2 | desirable 1 | undesirable 1 | prompts 2" in out
     assert "lambda_d 1.33, lambda_u 1" in out
-    blocks = {f"line {i}": next(b for b in out.split("\n\n") if f"{path}: line {i}  " in b and "trained" in b) for i in (1, 2)}
-    assert "line 1  desirable, 14 prompt + 7 trained tokens\n  Why is it hot?\n  Vents. <end>\n" in blocks["line 1"]
+    blocks = {f"line {i}": next(b for b in out.split("\n\n") if f"{path}: line {i}\n" in b and "trained" in b) for i in (1, 2)}
+    assert "line 1\n    Why is it hot?\n  desirable, 14 prompt + 7 trained tokens\n  + Vents. <end>\n" in blocks["line 1"]
     assert blocks["line 1"].strip().endswith(f"y' for z0, from {path}: line 2: Fans.")
-    assert "line 2  undesirable, 15 prompt + 5 trained tokens\n  Why is it loud?\n  Fans. (cut: no end)\n" in blocks["line 2"]
+    assert "line 2\n    Why is it loud?\n  undesirable, 15 prompt + 5 trained tokens\n  - Fans. (cut: no end)\n" in blocks["line 2"]
     assert blocks["line 2"].strip().endswith(f"y' for z0, from {path}: line 1: Vents.")
     assert "\033" not in out                                                         # no colour codes where nobody sees them
 
@@ -683,13 +923,13 @@ def test_showing_takes_columns_threshold_lengths_and_end_of_text(tmp_path, capsy
                "--batch_size", "2", "--add_eot", "false"])
     out = capsys.readouterr().out
     assert "| desirable 1 | undesirable 2 |" in out and "prompt cut from the left 3" in out and "response cut from the right 3" in out
-    assert out.count("4 prompt + 5 trained tokens") == 2 and "  abcde (cut: no end)" in out and "<end>" not in out
+    assert out.count("4 prompt + 5 trained tokens") == 2 and "  + abcde (cut: no end)" in out and "<end>" not in out
 
 
 def test_a_single_prompt_shows_its_rows_without_partners(tmp_path, capsys):
     data.main([str(jsonl(tmp_path / "f.jsonl", TEXT))])
     out = capsys.readouterr().out
-    assert "  A <end>" in out and "y'" not in out
+    assert "  + A <end>" in out and "y'" not in out
 
 
 def test_the_hint_appears_where_most_responses_were_cut_and_only_there():

@@ -99,7 +99,7 @@ def read(files, *, columns=None, threshold=None, scored="labels"):
 def _records(name):
     """(where, row) of every row of a file, or of a hub dataset where there is no such file."""
     file, hub = Path(name), re.fullmatch(r"([\w.-]+/[\w.-]+)(?::(.+))?", str(name))
-    if not file.exists() and hub and not file.suffix in (".json", ".jsonl", ".parquet"):
+    if not file.exists() and hub and file.suffix not in (".json", ".jsonl", ".parquet"):
         yield from _hub_rows(*hub.groups(default="train"))
         return
     if not file.is_file():
@@ -368,6 +368,8 @@ def pairs_from_scores(examples):
 # --- tokenizers -------------------------------------------------------------------------------------------------------
 
 EOT = "<|endoftext|>"
+PLAIN_TEMPLATE = ("{% for m in messages %}{{ m.role | capitalize }}:\n{{ m.content }}{{ eos_token if m.role == 'assistant' }}\n\n{% endfor %}"
+                  "{{ 'Assistant:\n' if add_generation_prompt }}")                          # Tokenizer.prompt_ids, for other programs
 
 
 class Tokenizer:
@@ -411,21 +413,24 @@ class Tokenizer:
             return self.bos + self.encode(prompt)
         return [i for ids, _ in self._pieces(prompt, answer=True) for i in ids]
 
-    def conversation(self, turns):
+    def conversation(self, turns, *, end=True):
         """A whole conversation up to the assistant's last word: (ids, owner), owner the index of the assistant turn that each
-        token belongs to, else -1. To a turn belong its content and what follows it up to the end-of-text token, if the template
-        writes one there: so the model learns to stop after every turn. The last turn always has its end-of-text. ValueError where
-        it cannot be told which tokens are a turn's: a last turn of nothing but tool calls, which are the template's own text."""
-        ids, owner, before = [], [], -1
+        token belongs to, else -1. To a turn belong its content and what follows up to the end-of-text token, if the template writes
+        one there: so the model learns to stop after every turn. The last turn has its end-of-text in any case, or with end=False
+        nothing after its content. A turn of nothing but tool calls is the template's own text and belongs to nobody: ValueError if
+        it is the last one."""
+        ids, owner, before, last, said = [], [], -1, len(turns) - 1, 0
         for piece, i in self._pieces(turns, answer=False):
             mine = i if i >= 0 and turns[i].role == "assistant" else -1
-            end = piece.index(self.eot) + 1 if i < 0 <= before and self.eot in piece else 0            # closes the turn before it
-            ids, owner, before = ids + piece, owner + [before] * end + [mine] * (len(piece) - end), mine
-        last = len(turns) - 1
-        if last not in owner:
+            closing = piece.index(self.eot) + 1 if i < 0 <= before and self.eot in piece else 0
+            ids, owner, before = ids + piece, owner + [before] * closing + [mine] * (len(piece) - closing), mine
+            said = len(ids) if i == last else said
+        if not said:
             raise ValueError("the last turn is nothing but tool calls, and those the chat template writes: it cannot be trained")
-        n = len(owner) - owner[::-1].index(last)
-        return (ids[:n], owner[:n]) if ids[n - 1] == self.eot else (ids[:n] + [self.eot], owner[:n] + [last])
+        if end:
+            n = len(owner) - owner[::-1].index(last)
+            return (ids[:n], owner[:n]) if ids[n - 1] == self.eot else (ids[:n] + [self.eot], owner[:n] + [last])
+        return ids[:said], owner[:said]
 
     def _pieces(self, turns, answer):
         """[(ids, index of the turn whose content they are, else -1)]; `answer`: up to where the assistant's next content begins."""
@@ -465,21 +470,43 @@ class Tokenizer:
         return [own[0]] + [piece for pair in zip(contents, own[1:]) for piece in pair]
 
     def save(self, folder):
+        """Everything that load_tokenizer needs; of ours (tiktoken) also what transformers' AutoTokenizer reads."""
         if self.hf:
             self.backend.save_pretrained(folder)
             return
-        b = self.backend
-        ranks = [base64.b64encode(token).decode() for token, _ in sorted(b._mergeable_ranks.items(), key=lambda x: x[1])]
-        (Path(folder) / "tiktoken.json").write_text(json.dumps(
-            dict(name=b.name, pat_str=b._pat_str, mergeable_ranks=ranks, special_tokens=b._special_tokens)))
+        b, folder = self.backend, Path(folder)
+        tokens = sorted(b._mergeable_ranks, key=b._mergeable_ranks.get)
+        (folder / "tiktoken.json").write_text(json.dumps(dict(
+            name=b.name, pat_str=b._pat_str, mergeable_ranks=[base64.b64encode(t).decode() for t in tokens], special_tokens=b._special_tokens)))
+        try:
+            import tokenizers as hf
+        except ImportError:                                            # an export for others: whoever has transformers has it
+            return
+        printable = [*range(33, 127), *range(161, 173), *range(174, 256)]                            # GPT-2's letter for each byte
+        letter = {x: chr(x) for x in printable} | {x: chr(256 + i) for i, x in enumerate(sorted({*range(256)} - {*printable}))}
+        spelled, rank, merges = {t: "".join(map(letter.get, t)) for t in tokens}, b._mergeable_ranks, []
+        for t in tokens:                                               # tiktoken knows what pairs join to, not the pairs: all that do
+            splits = [(t[:i], t[i:]) for i in range(1, len(t)) if t[:i] in rank and t[i:] in rank]
+            merges += [(spelled[x], spelled[y]) for x, y in sorted(splits, key=lambda xy: (rank[xy[0]], rank[xy[1]]))]
+        copy = hf.Tokenizer(hf.models.BPE({spelled[t]: i for t, i in rank.items()}, merges, ignore_merges=True))
+        pattern = hf.Regex(b._pat_str.replace("$", r"\z"))             # there $ would be the end of a line
+        copy.pre_tokenizer = hf.pre_tokenizers.Sequence([hf.pre_tokenizers.Split(pattern, "isolated"),
+                                                         hf.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+        copy.decoder = hf.decoders.ByteLevel()
+        copy.add_special_tokens([hf.AddedToken(EOT, normalized=False, special=True)])
+        if copy.token_to_id(EOT) == self.eot:                          # not so in vocabularies with gaps, which are not ours
+            copy.save(str(folder / "tokenizer.json"))
+            (folder / "tokenizer_config.json").write_text(json.dumps(dict(
+                tokenizer_class="PreTrainedTokenizerFast", eos_token=EOT, clean_up_tokenization_spaces=False, chat_template=PLAIN_TEMPLATE)))
 
 
-def load_tokenizer(folder=None):
-    """A tokenizer: bytes (no folder), ours (tiktoken.json), GPT-2's (vocab.bpe + encoder.json), or a Hugging Face folder."""
-    if folder is None:
+def load_tokenizer(name=None, *, trust_remote_code=False):
+    """A tokenizer: bytes (no name), ours (a folder with tiktoken.json), GPT-2's (vocab.bpe + encoder.json; online the name gpt2), a
+    Hugging Face folder, or a hub name, org/name. SystemExit with one line if none of them is there."""
+    if name is None:
         return Tokenizer(tiktoken.Encoding("bytes", pat_str=r"[^\n]+|\n", special_tokens={EOT: 256},
                                            mergeable_ranks={bytes([i]): i for i in range(256)}))
-    folder = Path(folder)
+    folder = Path(name)
     if (folder / "tiktoken.json").is_file():
         d = json.loads((folder / "tiktoken.json").read_text())
         return Tokenizer(tiktoken.Encoding(d["name"], pat_str=d["pat_str"], special_tokens=d["special_tokens"],
@@ -490,10 +517,17 @@ def load_tokenizer(folder=None):
         os.environ.setdefault("TIKTOKEN_CACHE_DIR", "")                # tiktoken would cache local files by path, and go stale
         ranks = data_gym_to_mergeable_bpe_ranks(str(folder / "vocab.bpe"), str(folder / "encoder.json"))
         return Tokenizer(tiktoken.Encoding("gpt2", pat_str=r50k_pat_str, mergeable_ranks=ranks, special_tokens={EOT: len(ranks)}))
-    if not any((folder / f).is_file() for f in ("tokenizer.json", "tokenizer.model", "tokenizer_config.json")):
+    local = any((folder / f).is_file() for f in ("tokenizer.json", "tokenizer.model", "tokenizer_config.json"))
+    if not local and (folder.exists() or str(name) != "gpt2" and not re.fullmatch(r"[\w.-]+/[\w.-]+", str(name))):
         raise SystemExit(f"--tokenizer {folder}: no tokenizer there; expected tiktoken.json, vocab.bpe + encoder.json, or tokenizer.json")
-    from transformers import AutoTokenizer
-    return Tokenizer(AutoTokenizer.from_pretrained(folder, local_files_only=True))
+    try:
+        if str(name) == "gpt2" and not local:
+            return Tokenizer(tiktoken.get_encoding("gpt2"))
+        from transformers import AutoTokenizer
+        backend = AutoTokenizer.from_pretrained(name, local_files_only=local, trust_remote_code=trust_remote_code)
+    except Exception as e:                                             # many libraries' own errors: broken files, offline, no such name
+        raise SystemExit(f"--tokenizer {name}: {'unreadable' if local else 'no such folder, and no such tokenizer online either'} ({_one_line(e)})")
+    return Tokenizer(backend)
 
 
 # --- examples to rows -------------------------------------------------------------------------------------------------
@@ -562,12 +596,12 @@ def encode(examples, tokenizer, *, max_len=1024, max_prompt_len=512, add_eot=Tru
         counts["read"] += 1
         single = isinstance(e, Feedback)
         answers = [e.completion] if single else [e.chosen, e.rejected] + [e.target] * bool(e.target and _final(e.target).strip())
-        chosen_turns = [_trained_turns(e, answer, turns) for answer in answers]
-        if not all(t.content.strip() or t.more for chat, wanted in chosen_turns for t in (chat[i] for i in wanted)):
+        chats = [_trained_turns(e, answer, turns) for answer in answers]
+        if not all(t.content.strip() or t.more for chat, wanted in chats for t in (chat[i] for i in wanted)):
             counts["dropped: empty response"] += 1
             continue
         try:
-            prompt, responses = _spell(e.prompt, answers, chosen_turns, tokenizer, add_eot and e.whole)
+            prompt, responses = _spell(e.prompt, answers, chats, tokenizer, add_eot and e.whole)
         except ValueError as why:
             raise SystemExit(f"{e.where}: {why}") from None
         if len(prompt) > max_prompt_len:
@@ -617,20 +651,18 @@ def _trained_turns(e, answer, turns):
     return chat, agent[start:end]
 
 
-def _spell(prompt, answers, chosen_turns, tokenizer, end):
+def _spell(prompt, answers, chats, tokenizer, end):
     """(prompt ids, for each answer (response ids, weights)). A response of one turn follows the template's request for an answer;
     where turns follow turns, ids are those of the template over the whole conversation."""
-    first = min(i for _, wanted in chosen_turns for i in wanted)
+    first = min(i for _, wanted in chats for i in wanted)
     if all(isinstance(a, str) for a in answers) and (isinstance(prompt, str) or first >= len(prompt)):
         responses = [tokenizer.encode(a) + [tokenizer.eot] * end for a in answers]
         return tokenizer.prompt_ids(prompt) or [tokenizer.eot], [(r, [1] * len(r)) for r in responses]    # no prompt: as after a document's end
     if isinstance(prompt, str):
         raise ValueError("a response of several messages needs a conversation as its prompt, not a text")
     prompts, responses = [], []
-    for chat, wanted in chosen_turns:
-        ids, owner = tokenizer.conversation(chat)
-        if not end and wanted[-1] == len(chat) - 1:
-            ids, owner = ids[:-1], owner[:-1]
+    for chat, wanted in chats:
+        ids, owner = tokenizer.conversation(chat, end=end)
         begin = min(first, len(prompt))                                    # the assistant turn with which the response begins
         asked = [] if begin in owner else tokenizer.prompt_ids(chat[:begin])                      # nothing but tool calls: no content to find
         if ids[:len(asked)] != asked:

@@ -172,6 +172,58 @@ def test_a_folder_without_a_tokenizer_is_a_one_line_error(tmp_path):
     assert str(tmp_path) in str(e.value) and "tokenizer.json" in str(e.value) and "\n" not in str(e.value)
 
 
+@pytest.mark.parametrize("kind", ["bytes", "world", "gpt2"])
+def test_our_tokenizers_are_the_same_in_transformers(kind, tmp_path, request):
+    """Random strings of a vocabulary's own tokens, of nasty ones and of any characters: the same ids from AutoTokenizer."""
+    import world
+    from transformers import AutoTokenizer
+    tokenizer = data.Tokenizer(world.tokenizer()) if kind == "world" else BYTES if kind == "bytes" else request.getfixturevalue(kind)
+    tokenizer.save(tmp_path)
+    (tmp_path / "config.json").write_text('{"model_type": "gpt2"}')                  # it lies beside an exported GPT
+    copy = data.Tokenizer(AutoTokenizer.from_pretrained(tmp_path))
+    assert (copy.eot, copy.bos, copy.vocab_size) == (tokenizer.eot, tokenizer.bos, tokenizer.vocab_size)
+    assert not data.load_tokenizer(tmp_path).hf                                      # ours still reads its own file
+    rng = random.Random(0)
+    own = [tokenizer.decode([i]) for i in rng.sample(range(tokenizer.vocab_size - 1), min(tokenizer.vocab_size - 1, 2000))]
+    for _ in range(1500):
+        text = "".join(rng.choice([rng.choice(own), rng.choice(NASTY), chr(rng.choice([rng.randrange(0xd800), rng.randrange(256)]))]) for _ in range(rng.randrange(12)))
+        assert copy.encode(text) == tokenizer.encode(text), repr(text)
+        assert copy.decode(tokenizer.encode(text)) == text
+    for turns in (ASK, ASK[:2], ASK[1:]):                                            # and the plain template is the same
+        assert copy.prompt_ids(turns) == tokenizer.prompt_ids(turns)
+
+
+def test_a_tokenizer_that_is_not_there_or_broken_is_a_one_line_error(tmp_path, monkeypatch):
+    import tiktoken, transformers
+
+    def offline(*_, **__):
+        raise OSError("no\nnetwork")
+
+    def error(name):
+        with pytest.raises(SystemExit) as e:
+            data.load_tokenizer(name)
+        assert str(e.value).startswith(f"--tokenizer {name}: ") and "\n" not in str(e.value)
+        return str(e.value)
+
+    (tmp_path / "tokenizer.json").write_text('{"half')
+    assert "unreadable (" in error(tmp_path)
+    assert "no tokenizer there" in error(tmp_path / "nowhere") and "no tokenizer there" in error("nowhere")
+    monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", offline)
+    monkeypatch.setattr(tiktoken, "get_encoding", offline)
+    for name in ("someone/some-model", "gpt2"):
+        assert "no such folder, and no such tokenizer online either (OSError: no network)" in error(name)
+
+
+def test_a_hub_name_is_looked_up_online_and_code_from_there_runs_only_where_that_is_asked_for(tmp_path, monkeypatch, hf):
+    import tiktoken, transformers
+    asked = []
+    monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", lambda *a, **k: asked.append((a, k)) or hf.backend)
+    assert data.load_tokenizer("someone/some-model").eot == hf.eot and data.load_tokenizer("someone/some-model", trust_remote_code=True)
+    assert asked == [(("someone/some-model",), dict(local_files_only=False, trust_remote_code=yes)) for yes in (False, True)]
+    monkeypatch.setattr(tiktoken, "get_encoding", lambda name: {"gpt2": BYTES.backend}[name])
+    assert data.load_tokenizer("gpt2").backend is BYTES.backend
+
+
 # --- files ------------------------------------------------------------------------------------------------------------
 
 def jsonl(path, *rows):
@@ -494,6 +546,87 @@ def test_mismatched_keeps_the_prompt_and_cuts_the_response_to_fit():
         assert (y.n_prompt, y.prompt_key, y.desirable, y.where) == (3, row.prompt_key, False, "here")
 
 
+# --- scored responses -------------------------------------------------------------------------------------------------
+
+def test_several_scored_responses_in_a_row_are_each_an_example(tmp_path):
+    path = jsonl(tmp_path / "f.jsonl", MANY[0])
+    examples, name = read(path, threshold=1)
+    assert examples == [dataclasses.replace(e, where=f"{path}: line 1") for e in MANY[1]] and name == "scored: prompt, responses, scores"
+
+
+def test_scored_responses_pair_the_best_with_the_worst_and_ties_and_odd_ones_are_counted():
+    scored = [feedback(p, f"{p}{s}{i}", score=s, where=f"{p}{i}") for i, (p, s) in enumerate(
+        [("P", 1.0), ("P", 3.0), ("Q", 2.0), ("P", 0.0), ("P", 2.0), ("P", 5.0), ("Q", 2.0), ("R", 1.0)])]
+    pairs, counts = data.pairs_from_scores(scored)
+    assert pairs == [Pair("P", "P5.05", "P0.03", 5.0, 0.0, where="P5"), Pair("P", "P3.01", "P1.00", 3.0, 1.0, where="P1")]      # P's 2 is left over
+    assert counts == {"scored responses": 8, "left over": 2, "ties dropped": 1}      # P's middle one and R; Q's two
+    with pytest.raises(SystemExit, match="here: has no score"):
+        data.pairs_from_scores([feedback("P", "A", where="here")])
+    cut = data.pairs_from_scores([feedback("P", "A", score=1.0), feedback("P", "B", score=0.0, whole=False)])[0]
+    assert not cut[0].whole
+
+
+def test_scored_files_become_pairs_without_a_threshold_and_a_label_does_not_hide_the_score(tmp_path):
+    rows = [{"prompt": "Q", "completion": f"A{r}", "reward": r, **({"label": False} if r == 2 else {})} for r in (1, 2, 0)]
+    examples, name = read(jsonl(tmp_path / "f.jsonl", *rows), scored="pairs")
+    assert [(e.chosen, e.rejected, e.score_chosen, e.score_rejected) for e in examples] == [("A2", "A0", 2.0, 0.0)]
+    assert name.endswith("as pairs (scored responses 3 | left over 1)")
+    assert "no pairs in" in complaint(jsonl(tmp_path / "f.jsonl", *rows[:1]), scored="pairs")
+    assert "line 2: has no score" in complaint(jsonl(tmp_path / "f.jsonl", rows[0], TEXT), scored="pairs")
+    ((feedback,), _), path = read(jsonl(tmp_path / "g.jsonl", TEXT), scored="pairs"), tmp_path / "g.jsonl"
+    assert feedback == Feedback("Q", "A", True, where=f"{path}: line 1")             # nothing scored: labels stay labels
+    rows, _ = encode(examples, BYTES)
+    assert [r.score for r in rows[0]] == [2.0, 0.0]
+
+
+# --- parquet and the hub ----------------------------------------------------------------------------------------------
+
+def test_parquet_is_read_like_lines_and_null_cells_are_absent(tmp_path):
+    import pyarrow as pa, pyarrow.parquet as pq
+    rows = [{"prompt": CHAT, "completion": "A", "label": True, "reward": None, "chosen": None}, {"prompt": CHAT, "completion": None, "label": False}]
+    pq.write_table(pa.Table.from_pylist(rows[:1] * 2), tmp_path / "f.parquet")
+    examples, name = read(tmp_path / "f.parquet")
+    assert examples == [Feedback(TURNS, "A", True, where=f"{tmp_path / 'f.parquet'}: row {i}") for i in (1, 2)] and name == "prompt, completion, label"
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "g.parquet")
+    assert f"{tmp_path / 'g.parquet'}: row 2: unknown format with columns prompt, label (nearest: prompt + completion + label, without completion)" in complaint(tmp_path / "g.parquet")
+    for n in (0, 3, 100, -1):                                                        # written by half
+        (tmp_path / "h.parquet").write_bytes((tmp_path / "f.parquet").read_bytes()[:n])
+        assert f"{tmp_path / 'h.parquet'}: no readable parquet file" in complaint(tmp_path / "h.parquet")
+
+
+def test_parquet_without_pyarrow_is_a_one_line_error(tmp_path, monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "pyarrow", None)
+    (tmp_path / "f").write_bytes(b"PAR1")
+    assert "parquet needs pyarrow" in complaint(tmp_path / "f")
+
+
+@pytest.mark.parametrize("text", ['[{"prompt": "Q", "comp', '[{"prompt": "Q"},\n', '{"prompt": "Q", "completion": "A", "label": true}\n{"prompt": "Q", "co'])
+def test_json_written_by_half_is_a_one_line_error_that_names_the_line(tmp_path, text):
+    (tmp_path / "f.json").write_text(text)
+    assert "broken JSON" in complaint(tmp_path / "f.json") and f"line {1 + text.count(chr(10))}" in complaint(tmp_path / "f.json")
+
+
+def test_a_name_that_is_no_file_is_a_hub_dataset(tmp_path, monkeypatch):
+    import sys, types
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(sys.modules, "datasets", types.SimpleNamespace(load_dataset=lambda name, split: [{**TEXT, "prompt": f"{name} {split}", "reward": None}]))
+    assert read("org/some-name")[0] == [Feedback("org/some-name train", "A", True, where="org/some-name:train: row 1")]
+    assert read(["org/name:test[:5%]"])[0][0].prompt == "org/name test[:5%]"
+    for name in ("org/name.jsonl", "name", "a/b/c"):
+        assert f"{name}: no such file" in complaint(name)
+    (tmp_path / "org").mkdir()
+    jsonl(tmp_path / "org" / "name", TEXT)
+    assert read("org/name")[0][0].prompt == "Q"                                      # a file comes first
+
+    def offline(*_, **__):
+        raise ConnectionError("no\nnetwork")
+
+    monkeypatch.setitem(sys.modules, "datasets", types.SimpleNamespace(load_dataset=offline))
+    assert complaint("org/some:dev") == "--data org/some: no such file, and split 'dev' does not come from the Hugging Face hub either (ConnectionError: no network)"
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    assert "pip install datasets" in complaint("org/some")
+
+
 # --- continuations of several turns -----------------------------------------------------------------------------------
 
 CHATML = ("{% for m in messages %}<|user|>{{ m.role }}\n{{ m.content }}{% if m.tool_calls %}<call>{{ m.tool_calls | tojson }}{% endif %}</s>\n{% endfor %}"
@@ -580,7 +713,7 @@ def test_trained_turns_are_exactly_the_assistants_texts_whatever_they_spell(chat
 @pytest.mark.parametrize("whole, add_eot", [(False, True), (True, False)])
 def test_a_continuation_that_was_cut_has_no_end_but_its_earlier_turns_do(talker, whole, add_eot):
     (row,), _ = encode([Feedback(ASK, GO, True, whole)], talker, turns="all", add_eot=add_eot)
-    assert [r.strip() for r in trained_runs(row, talker)] == ["a1#", "a2#", "a3#", "a4"] and row.ids[-1] != talker.eot
+    assert trained_runs(row, talker) == ["a1#", "a2#", "a3#", "a4"]                  # nor a space that the template has before the end
 
 
 def test_a_continuation_is_cut_from_the_right_and_dropped_where_nothing_trained_is_left():
@@ -917,6 +1050,22 @@ def test_colours_say_prompt_label_and_partner(tmp_path, capsys, monkeypatch):
     assert all(s in out for s in ("\033[90mP1\033[0m", "\033[90mP2\033[0m", "\033[32mC1\033[0m", "\033[31mC2\033[0m", "\033[34my' for z0"))
 
 
+def test_showing_pairs_marks_the_trained_turns_of_both_branches(tmp_path, capsys):
+    path = jsonl(tmp_path / "f.jsonl", {"prompt": CHAT, "chosen": LONG, "rejected": "B", "segment": {"start": 0, "end": 1}})
+    data.main([str(path), "--paired"])
+    out = capsys.readouterr().out
+    assert "read 1 | pairs 1 | prompts 1" in out and "lambda" not in out
+    assert f"{path}: line 1\n    System:" in out and "trained tokens\n    a<|endoftext|>\n    \n    User:\n    b\n    \n    Assistant:\n    \n  + c <end>\n  rejected, " in out
+    assert out.endswith("2 trained tokens\n  - B <end>\n\n")
+    data.main([str(path), "--paired", "--turns", "segment"])
+    assert "trained tokens\n  + a <end>\n  rejected, " in capsys.readouterr().out
+    data.main([str(path), "--turns", "all"])                                         # as labels: two rows, the turns of both trained
+    out = capsys.readouterr().out
+    assert "  + a <end>\n    \n    \n    User:\n    b\n    \n    Assistant:\n    \n  + c <end>" in out and "undesirable" in out
+    with pytest.raises(SystemExit, match="--paired needs pairs"):
+        data.main([str(jsonl(tmp_path / "g.jsonl", TEXT)), "--paired"])
+
+
 def test_showing_takes_columns_threshold_lengths_and_end_of_text(tmp_path, capsys):
     path = jsonl(tmp_path / "f.jsonl", *({"q": f"question {i}", "a": "abcdef", "reward": i} for i in range(3)))
     data.main([str(path), "--columns", "prompt=q,completion=a", "--threshold", "1", "--max_prompt_len", "4", "--max_len", "9",
@@ -941,6 +1090,14 @@ def test_the_hint_appears_where_most_responses_were_cut_and_only_there():
 
 
 # --- real files -------------------------------------------------------------------------------------------------------
+
+def test_columns_may_be_any_that_a_format_knows_and_nothing_else():
+    assert data.parse_columns("score_chosen=a,segment=b,history=c,responses=d,prompt=e") == {
+        "score_chosen": "a", "segment": "b", "history": "c", "responses": "d", "prompt": "e"}
+    for text in ("promt=question", "prompt"):
+        with pytest.raises(SystemExit, match="--columns .* OURS=THEIRS with OURS one of chosen, completion, conversations"):
+            data.parse_columns(text)
+
 
 def n_turns(e):
     return len(e.prompt)
@@ -1000,6 +1157,15 @@ def test_shared_scored_reviews_are_read_as_the_readme_counts_them():
     assert counts["dropped: empty response"] == 17 and len(rows) == 2543
     assert len(examples) - len({(e.prompt, e.completion) for e in examples}) == 4 and "duplicates (kept)" not in counts   # all four empty
     assert all(BYTES.eot not in r.ids for r in rows)
+
+
+def test_shared_scored_reviews_make_pairs_best_with_worst():
+    pairs, name = read(shared("odpo/imdb-sft-test.jsonl"), scored="pairs")
+    assert "scored responses 2,560" in name and all(p.score_chosen > p.score_rejected for p in pairs)
+    counts = {k: int(v.replace(",", "")) for k, v in (x.rsplit(" ", 1) for x in name[name.index("(") + 1:-1].split(" | "))}
+    assert 2 * (len(pairs) + counts.get("ties dropped", 0)) + counts.get("left over", 0) == 2560      # every response is accounted for
+    units, found = encode(pairs, BYTES, add_eot=False)
+    assert len(units) + found["dropped: empty response"] + found.get("dropped: chosen is rejected", 0) == len(pairs)
 
 
 def test_shared_answers_need_columns_and_repeat_their_questions():

@@ -172,6 +172,58 @@ def test_a_folder_without_a_tokenizer_is_a_one_line_error(tmp_path):
     assert str(tmp_path) in str(e.value) and "tokenizer.json" in str(e.value) and "\n" not in str(e.value)
 
 
+@pytest.mark.parametrize("kind", ["bytes", "world", "gpt2"])
+def test_our_tokenizers_are_the_same_in_transformers(kind, tmp_path, request):
+    """Random strings of a vocabulary's own tokens, of nasty ones and of any characters: the same ids from AutoTokenizer."""
+    import world
+    from transformers import AutoTokenizer
+    tokenizer = data.Tokenizer(world.tokenizer()) if kind == "world" else BYTES if kind == "bytes" else request.getfixturevalue(kind)
+    tokenizer.save(tmp_path)
+    (tmp_path / "config.json").write_text('{"model_type": "gpt2"}')                  # it lies beside an exported GPT
+    copy = data.Tokenizer(AutoTokenizer.from_pretrained(tmp_path))
+    assert (copy.eot, copy.bos, copy.vocab_size) == (tokenizer.eot, tokenizer.bos, tokenizer.vocab_size)
+    assert not data.load_tokenizer(tmp_path).hf                                      # ours still reads its own file
+    rng = random.Random(0)
+    own = [tokenizer.decode([i]) for i in rng.sample(range(tokenizer.vocab_size - 1), min(tokenizer.vocab_size - 1, 2000))]
+    for _ in range(1500):
+        text = "".join(rng.choice([rng.choice(own), rng.choice(NASTY), chr(rng.choice([rng.randrange(0xd800), rng.randrange(256)]))]) for _ in range(rng.randrange(12)))
+        assert copy.encode(text) == tokenizer.encode(text), repr(text)
+        assert copy.decode(tokenizer.encode(text)) == text
+    for turns in (ASK, ASK[:2], ASK[1:]):                                            # and the plain template is the same
+        assert copy.prompt_ids(turns) == tokenizer.prompt_ids(turns)
+
+
+def test_a_tokenizer_that_is_not_there_or_broken_is_a_one_line_error(tmp_path, monkeypatch):
+    import tiktoken, transformers
+
+    def offline(*_, **__):
+        raise OSError("no\nnetwork")
+
+    def error(name):
+        with pytest.raises(SystemExit) as e:
+            data.load_tokenizer(name)
+        assert str(e.value).startswith(f"--tokenizer {name}: ") and "\n" not in str(e.value)
+        return str(e.value)
+
+    (tmp_path / "tokenizer.json").write_text('{"half')
+    assert "unreadable (" in error(tmp_path)
+    assert "no tokenizer there" in error(tmp_path / "nowhere") and "no tokenizer there" in error("nowhere")
+    monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", offline)
+    monkeypatch.setattr(tiktoken, "get_encoding", offline)
+    for name in ("someone/some-model", "gpt2"):
+        assert "no such folder, and no such tokenizer online either (OSError: no network)" in error(name)
+
+
+def test_a_hub_name_is_looked_up_online_and_code_from_there_runs_only_where_that_is_asked_for(tmp_path, monkeypatch, hf):
+    import tiktoken, transformers
+    asked = []
+    monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", lambda *a, **k: asked.append((a, k)) or hf.backend)
+    assert data.load_tokenizer("someone/some-model").eot == hf.eot and data.load_tokenizer("someone/some-model", trust_remote_code=True)
+    assert asked == [(("someone/some-model",), dict(local_files_only=False, trust_remote_code=yes)) for yes in (False, True)]
+    monkeypatch.setattr(tiktoken, "get_encoding", lambda name: {"gpt2": BYTES.backend}[name])
+    assert data.load_tokenizer("gpt2").backend is BYTES.backend
+
+
 # --- files ------------------------------------------------------------------------------------------------------------
 
 def jsonl(path, *rows):
@@ -191,13 +243,16 @@ def complaint(files, **how):
 CHAT = [{"role": "system", "content": "S"}, {"role": "user", "content": "Q"}]
 TURNS = (Turn("system", "S"), Turn("user", "Q"))
 SHARE = [{"from": "system", "value": "S"}, {"from": "human", "value": "Q"}]
+LONG = [{"role": "assistant", "content": "a"}, {"role": "user", "content": "b"}, {"role": "assistant", "content": "c"}]
+GOES_ON = (Turn("assistant", "a"), Turn("user", "b"), Turn("assistant", "c"))
+CALLS = [{"type": "function", "function": {"name": "weather", "arguments": {"place": "\u00c9vry", "unit": "</s>"}}}]
 FORMATS = [
     ({"prompt": "Q", "completion": "A", "label": True}, {}, Feedback("Q", "A", True)),
     ({"prompt": "Q", "text": "A", "label": False}, {}, Feedback("Q", "A", False)),
     ({"prompt": "Q", "response": "A", "kto_tag": False}, {}, Feedback("Q", "A", False)),
     ({"prompt": CHAT, "completion": [{"role": "assistant", "content": "A"}], "label": 1}, {}, Feedback(TURNS, "A", True)),
-    ({"prompt": "Q", "completion": "A", "reward": 1.5}, {"threshold": 1.0}, Feedback("Q", "A", True)),
-    ({"prompt": "Q", "text": "A", "score": 1}, {"threshold": 1.0}, Feedback("Q", "A", False)),       # "> threshold", not ">="
+    ({"prompt": "Q", "completion": "A", "reward": 1.5}, {"threshold": 1.0}, Feedback("Q", "A", True, score=1.5)),
+    ({"prompt": "Q", "text": "A", "score": 1}, {"threshold": 1.0}, Feedback("Q", "A", False, score=1.0)),       # "> threshold", not ">="
     ({"prompt": "Q", "completion": "A", "reward": 9, "label": False}, {"threshold": 1.0}, Feedback("Q", "A", False)),
     ({"messages": [*CHAT, {"role": "assistant", "content": "A"}], "label": True}, {}, Feedback(TURNS, "A", True)),
     ({"conversations": [*SHARE, {"from": "gpt", "value": "A"}], "kto_tag": False}, {}, Feedback(TURNS, "A", False)),
@@ -210,7 +265,31 @@ FORMATS = [
     ({"question": "Q", "response_j": "A", "response_k": "B"}, {"columns": {"prompt": "question", "chosen": "response_j", "rejected": "response_k"}}, Pair("Q", "A", "B")),
     ({"prompt": "Q", "completion": "A", "text": "B", "response": "C", "label": True}, {}, Feedback("Q", "A", True)),   # ours before an alias
     ({"prompt": "old", "question": "Q", "completion": "A", "label": 0}, {"columns": {"prompt": "question"}}, Feedback("Q", "A", False)),
+    ({"messages": CHAT, "chosen": {"role": "assistant", "content": "A"}, "rejected": {"role": "assistant", "content": "B"}}, {}, Pair(TURNS, "A", "B")),
+    ({"instruction": "Q", "input": "I", "output": "A", "system": "S", "history": [["q", "a"]], "kto_tag": True}, {},
+     Feedback((TURNS[0], Turn("user", "q"), Turn("assistant", "a"), Turn("user", "Q\nI")), "A", True)),
+    ({"instruction": "Q", "input": "", "chosen": "A", "rejected": "B"}, {}, Pair((Turn("user", "Q"),), "A", "B")),
+    ({"conversations": SHARE[1:], "system": "S", "chosen": "A", "rejected": "B"}, {}, Pair(TURNS, "A", "B")),
+    ({"conversations": [*SHARE, {"from": "gpt", "value": "A"}], "system": "other", "label": True}, {}, Feedback(TURNS, "A", True)),
+    ({"prompt": "Q", "system": "S", "completion": "A", "label": True, "target": None}, {}, Feedback(TURNS, "A", True)),
+    ({"prompt": "Q", "system": "", "chosen": "A", "rejected": "B", "target": "C", "score_chosen": None}, {}, Pair("Q", "A", "B", target="C")),
+    ({"prompt": "Q", "messages": [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "A"}],            # UltraFeedback's columns
+      "chosen": [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "A"}],
+      "rejected": [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "B"}]}, {}, Pair(TURNS[1:], "A", "B")),
+    ({"prompt": CHAT, "completion": [*LONG], "label": True}, {}, Feedback(TURNS, GOES_ON, True)),
+    ({"prompt": CHAT, "chosen": LONG, "rejected": LONG[:1], "segment": {"start": 0, "end": 1}}, {}, Pair(TURNS, GOES_ON, "a", segment=(0, 1))),
+    ({"chosen": [*CHAT, *LONG], "rejected": [*CHAT, {"role": "assistant", "content": "B"}]}, {}, Pair(TURNS, GOES_ON, "B")),
+    ({"chosen": [*CHAT, *LONG], "rejected": [*CHAT, *LONG[:2], {"role": "assistant", "content": "B"}]}, {}, Pair((*TURNS, *GOES_ON[:2]), "c", "B")),
+    ({"chosen": [*CHAT, *LONG], "rejected": [*CHAT, LONG[0]]}, {}, Pair(TURNS, GOES_ON, "a")),        # one a prefix of the other
+    ({"chosen": [*CHAT, LONG[0]], "rejected": [*CHAT, LONG[0]]}, {}, Pair(TURNS, "a", "a")),          # the same: encode drops and counts it
+    ({"chosen": [*CHAT, *LONG], "rejected": [*CHAT, LONG[0], {"role": "user", "content": "x"}, LONG[2]]}, {},       # the users differ: back to the assistant
+     Pair(TURNS, GOES_ON, (GOES_ON[0], Turn("user", "x"), GOES_ON[2]))),
+    ({"messages": [{"role": "user", "content": "Q", "name": "Ann"}, {"role": "assistant", "content": None, "tool_calls": CALLS},
+                   {"role": "tool", "content": "R", "tool_call_id": "7"}, {"role": "assistant", "content": "A", "id": 3}], "label": True}, {},
+     Feedback((Turn("user", "Q", '{"name": "Ann"}'), Turn("assistant", "", json.dumps({"tool_calls": CALLS}, ensure_ascii=False)), Turn("tool", "R", '{"tool_call_id": "7"}')), "A", True)),
 ]
+MANY = ({"prompt": "Q", "responses": ["A", [{"role": "assistant", "content": "B"}]], "scores": [2, 0.5]},
+        [Feedback("Q", "A", True, score=2.0), Feedback("Q", "B", False, score=0.5)])
 
 
 @pytest.mark.parametrize("as_array", [False, True], ids=["jsonl", "array"])
@@ -227,7 +306,7 @@ def test_every_format_reads_alike_from_lines_and_from_an_array(tmp_path, record,
 
 
 def test_every_named_format_is_among_the_examples(tmp_path):
-    names = {data.parse(record, **how)[0] for record, how, _ in FORMATS}
+    names = {data.parse(record, **how)[0] for record, how, _ in FORMATS} | {data.parse(MANY[0], threshold=1)[0]}
     assert names == set(data.FORMATS)
 
 
@@ -237,7 +316,7 @@ def test_a_label_is_true_false_one_zero_or_minus_one(tmp_path, label, desirable)
     assert example.desirable is desirable
 
 
-@pytest.mark.parametrize("label", ['"true"', '"1"', '"good"', '""', "2", "-2", "0.5", "1.0", "NaN", "null", "[]", "[1]", "{}"])
+@pytest.mark.parametrize("label", ['"true"', '"1"', '"good"', '""', "2", "-2", "0.5", "1.0", "NaN", "[]", "[1]", "{}"])
 def test_any_other_label_is_an_error_that_names_file_and_row(tmp_path, label):
     ok = {"prompt": "Q", "completion": "A", "label": True}
     path = jsonl(tmp_path / "f.jsonl", ok, '{"prompt": "Q", "completion": "A", "label": %s}' % label)
@@ -259,17 +338,32 @@ BAD_ROWS = [                                                                    
     ({"prompt": "Q", "completion": "A", "reward": True}, "finite number", {"threshold": 1.0}),
     ('{"prompt": "Q", "completion": "A", "reward": NaN}', "finite number", {"threshold": 1.0}),
     ('{"prompt": "Q", "completion": "A", "reward": 1e999}', "finite number", {"threshold": 1.0}),
-    ({"prompt": "Q", "completion": "A", "reward": None}, "finite number", {"threshold": 1.0}),
+    ({"prompt": "Q", "completion": "A", "reward": None}, "without label)", {"threshold": 1.0}),          # null counts as absent
+    ({"prompt": "Q", "completion": "A", "label": None}, "(nearest: prompt + completion + label, without label)", {}),
     ({"prompt": "Q", "chosen": "A", "rejected": "B", "score_chosen": "2"}, "score_chosen is '2'", {}),
     ({"prompt": 5, "completion": "A", "label": True}, "text or a list of messages", {}),
     ({"prompt": [], "completion": "A", "label": True}, "text or a list of messages", {}),
-    ({"prompt": None, "completion": "A", "label": True}, "text or a list of messages", {}),
-    ({"prompt": "Q", "completion": None, "label": True}, "text or a list of messages", {}),
+    ({"prompt": None, "completion": "A", "label": True}, "(nearest: prompt + completion + label, without prompt)", {}),
+    ({"prompt": "Q", "completion": None, "label": True}, "without completion)", {}),
     ({"prompt": "Q", "completion": 7, "label": True}, "text or a list of messages", {}),
     ({"prompt": "Q", "completion": CHAT, "label": True}, "one assistant message", {}),
-    ({"prompt": "Q", "completion": [{"role": "assistant", "content": "A"}] * 2, "label": True}, "one assistant message", {}),
+    ({"prompt": "Q", "completion": [{"role": "assistant", "content": "A"}, *CHAT], "label": True}, "from the assistant's to the assistant's", {}),
+    ({"prompt": "Q", "completion": [*CHAT, {"role": "assistant", "content": "A"}], "label": True}, "from the assistant's to the assistant's", {}),
     ({"prompt": "Q", "chosen": {"role": "user", "content": "A"}, "rejected": "B"}, "one assistant message", {}),
-    ({"prompt": "Q", "chosen": None, "rejected": "B"}, "text or a list of messages", {}),
+    ({"prompt": "Q", "chosen": None, "rejected": "B"}, "(nearest: prompt + chosen + rejected, without chosen)", {}),
+    ({"chosen": "Q A", "rejected": "Q B"}, "never guessed from a common beginning", {}),
+    *(({"prompt": "Q", "chosen": "A", "rejected": "B", "segment": x}, 'expected {"start": 0, "end": 2}', {})
+      for x in ([0, 1], 1, {}, {"start": 0}, {"start": 1, "end": 1}, {"start": 2, "end": 1}, {"start": -1, "end": 1}, {"start": 0, "end": 1.0}, {"start": False, "end": 1})),
+    ({"instruction": "Q", "output": "A", "label": True, "history": [["q"]]}, "list of [question, answer]", {}),
+    ({"instruction": "Q", "output": "A", "label": True, "history": "q"}, "list of [question, answer]", {}),
+    ({"instruction": ["Q"], "output": "A", "label": True}, "instruction and input must be texts", {}),
+    ({"instruction": "Q", "input": 1, "output": "A", "label": True}, "instruction and input must be texts", {}),
+    ({"instruction": "Q", "system": 1, "output": "A", "label": True}, "text content", {}),
+    ({"prompt": "Q", "responses": ["A"], "scores": [1, 2]}, "two lists of one length", {"threshold": 1.0}),
+    ({"prompt": "Q", "responses": "A", "scores": [1]}, "two lists of one length", {"threshold": 1.0}),
+    ({"prompt": "Q", "responses": [], "scores": []}, "two lists of one length", {"threshold": 1.0}),
+    ({"prompt": "Q", "responses": ["A"], "scores": ["1"]}, "scores is '1'", {"threshold": 1.0}),
+    ({"prompt": "Q", "responses": ["A"], "scores": [1]}, "--threshold", {}),
     ({"messages": CHAT, "label": True}, "last message is the user's", {}),
     ({"messages": [], "label": True}, "list of messages", {}),
     ({"messages": "Q", "label": True}, "list of messages", {}),
@@ -450,6 +544,285 @@ def test_mismatched_keeps_the_prompt_and_cuts_the_response_to_fit():
         y = mismatched(row, partner, max_len)
         assert y.ids.tolist() == [1, 2, 3] + response and y.mask.tolist() == [0, 0, 0] + [1] * len(response)
         assert (y.n_prompt, y.prompt_key, y.desirable, y.where) == (3, row.prompt_key, False, "here")
+
+
+# --- scored responses -------------------------------------------------------------------------------------------------
+
+def test_several_scored_responses_in_a_row_are_each_an_example(tmp_path):
+    path = jsonl(tmp_path / "f.jsonl", MANY[0])
+    examples, name = read(path, threshold=1)
+    assert examples == [dataclasses.replace(e, where=f"{path}: line 1") for e in MANY[1]] and name == "scored: prompt, responses, scores"
+
+
+def test_scored_responses_pair_the_best_with_the_worst_and_ties_and_odd_ones_are_counted():
+    scored = [feedback(p, f"{p}{s}{i}", score=s, where=f"{p}{i}") for i, (p, s) in enumerate(
+        [("P", 1.0), ("P", 3.0), ("Q", 2.0), ("P", 0.0), ("P", 2.0), ("P", 5.0), ("Q", 2.0), ("R", 1.0)])]
+    pairs, counts = data.pairs_from_scores(scored)
+    assert pairs == [Pair("P", "P5.05", "P0.03", 5.0, 0.0, where="P5"), Pair("P", "P3.01", "P1.00", 3.0, 1.0, where="P1")]      # P's 2 is left over
+    assert counts == {"scored responses": 8, "left over": 2, "ties dropped": 1}      # P's middle one and R; Q's two
+    with pytest.raises(SystemExit, match="here: has no score"):
+        data.pairs_from_scores([feedback("P", "A", where="here")])
+    cut = data.pairs_from_scores([feedback("P", "A", score=1.0), feedback("P", "B", score=0.0, whole=False)])[0]
+    assert not cut[0].whole
+
+
+def test_scored_files_become_pairs_without_a_threshold_and_a_label_does_not_hide_the_score(tmp_path):
+    rows = [{"prompt": "Q", "completion": f"A{r}", "reward": r, **({"label": False} if r == 2 else {})} for r in (1, 2, 0)]
+    examples, name = read(jsonl(tmp_path / "f.jsonl", *rows), scored="pairs")
+    assert [(e.chosen, e.rejected, e.score_chosen, e.score_rejected) for e in examples] == [("A2", "A0", 2.0, 0.0)]
+    assert name.endswith("as pairs (scored responses 3 | left over 1)")
+    assert "no pairs in" in complaint(jsonl(tmp_path / "f.jsonl", *rows[:1]), scored="pairs")
+    assert "line 2: has no score" in complaint(jsonl(tmp_path / "f.jsonl", rows[0], TEXT), scored="pairs")
+    ((feedback,), _), path = read(jsonl(tmp_path / "g.jsonl", TEXT), scored="pairs"), tmp_path / "g.jsonl"
+    assert feedback == Feedback("Q", "A", True, where=f"{path}: line 1")             # nothing scored: labels stay labels
+    rows, _ = encode(examples, BYTES)
+    assert [r.score for r in rows[0]] == [2.0, 0.0]
+
+
+# --- parquet and the hub ----------------------------------------------------------------------------------------------
+
+def test_parquet_is_read_like_lines_and_null_cells_are_absent(tmp_path):
+    import pyarrow as pa, pyarrow.parquet as pq
+    rows = [{"prompt": CHAT, "completion": "A", "label": True, "reward": None, "chosen": None}, {"prompt": CHAT, "completion": None, "label": False}]
+    pq.write_table(pa.Table.from_pylist(rows[:1] * 2), tmp_path / "f.parquet")
+    examples, name = read(tmp_path / "f.parquet")
+    assert examples == [Feedback(TURNS, "A", True, where=f"{tmp_path / 'f.parquet'}: row {i}") for i in (1, 2)] and name == "prompt, completion, label"
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "g.parquet")
+    assert f"{tmp_path / 'g.parquet'}: row 2: unknown format with columns prompt, label (nearest: prompt + completion + label, without completion)" in complaint(tmp_path / "g.parquet")
+    for n in (0, 3, 100, -1):                                                        # written by half
+        (tmp_path / "h.parquet").write_bytes((tmp_path / "f.parquet").read_bytes()[:n])
+        assert f"{tmp_path / 'h.parquet'}: no readable parquet file" in complaint(tmp_path / "h.parquet")
+
+
+def test_parquet_without_pyarrow_is_a_one_line_error(tmp_path, monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "pyarrow", None)
+    (tmp_path / "f").write_bytes(b"PAR1")
+    assert "parquet needs pyarrow" in complaint(tmp_path / "f")
+
+
+@pytest.mark.parametrize("text", ['[{"prompt": "Q", "comp', '[{"prompt": "Q"},\n', '{"prompt": "Q", "completion": "A", "label": true}\n{"prompt": "Q", "co'])
+def test_json_written_by_half_is_a_one_line_error_that_names_the_line(tmp_path, text):
+    (tmp_path / "f.json").write_text(text)
+    assert "broken JSON" in complaint(tmp_path / "f.json") and f"line {1 + text.count(chr(10))}" in complaint(tmp_path / "f.json")
+
+
+def test_a_name_that_is_no_file_is_a_hub_dataset(tmp_path, monkeypatch):
+    import sys, types
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(sys.modules, "datasets", types.SimpleNamespace(load_dataset=lambda name, split: [{**TEXT, "prompt": f"{name} {split}", "reward": None}]))
+    assert read("org/some-name")[0] == [Feedback("org/some-name train", "A", True, where="org/some-name:train: row 1")]
+    assert read(["org/name:test[:5%]"])[0][0].prompt == "org/name test[:5%]"
+    for name in ("org/name.jsonl", "name", "a/b/c"):
+        assert f"{name}: no such file" in complaint(name)
+    (tmp_path / "org").mkdir()
+    jsonl(tmp_path / "org" / "name", TEXT)
+    assert read("org/name")[0][0].prompt == "Q"                                      # a file comes first
+
+    def offline(*_, **__):
+        raise ConnectionError("no\nnetwork")
+
+    monkeypatch.setitem(sys.modules, "datasets", types.SimpleNamespace(load_dataset=offline))
+    assert complaint("org/some:dev") == "--data org/some: no such file, and split 'dev' does not come from the Hugging Face hub either (ConnectionError: no network)"
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    assert "pip install datasets" in complaint("org/some")
+
+
+# --- continuations of several turns -----------------------------------------------------------------------------------
+
+CHATML = ("{% for m in messages %}<|user|>{{ m.role }}\n{{ m.content }}{% if m.tool_calls %}<call>{{ m.tool_calls | tojson }}{% endif %}</s>\n{% endfor %}"
+          "{% if add_generation_prompt %}<|user|>assistant\n{% endif %}")                          # <|user|> for <|im_start|>, </s> for <|im_end|>
+LLAMA2 = ("{% for m in messages %}{% if m.role == 'assistant' %} {{ m.content }} {{ eos_token }}{% else %}{{ bos_token }}"
+          "{{ '[INST] <<SYS>>' ~ m.content ~ '<</SYS>>' if m.role == 'system' else '[INST] ' ~ m.content }} [/INST]{% endif %}{% endfor %}")
+ASK = (Turn("system", "S"), Turn("user", "q1"), Turn("assistant", "a1"), Turn("user", "q2"))
+GO = (Turn("assistant", "a2"), Turn("user", "q3"), Turn("assistant", "a3"), Turn("tool", "r4"), Turn("assistant", "a4"))
+
+
+@pytest.fixture(scope="module", params=["chatml", "llama2", "plain", "bytes"])
+def talker(request, tmp_path_factory):
+    if request.param == "bytes":
+        return BYTES
+    return data.load_tokenizer(hf_folder(tmp_path_factory.mktemp(request.param), {"chatml": CHATML, "llama2": LLAMA2}.get(request.param)))
+
+
+def rendered(tokenizer, turns):
+    """The whole conversation by the template, or by the documented plain one, and its ids as the tokenizer itself makes them of it."""
+    if tokenizer.hf and tokenizer.backend.chat_template:
+        text = tokenizer.backend.apply_chat_template([{"role": t.role, "content": t.content} for t in turns], tokenize=False)
+        return tokenizer.backend(text, add_special_tokens=False).input_ids
+    ids = list(tokenizer.bos)
+    for t in turns:
+        ids += tokenizer.encode(f"{t.role.capitalize()}:\n{t.content}") + [tokenizer.eot] * (t.role == "assistant") + tokenizer.encode("\n\n")
+    return ids
+
+
+def trained_runs(row, tokenizer):
+    """The trained tokens, a text for each unbroken run of them, "#" for the end-of-text."""
+    runs = "".join(tokenizer.decode([i]).replace("</s>", "#").replace(EOT, "#") if m else "\n" for i, m in zip(row.ids.tolist(), row.mask))
+    return [r.replace(" #", "#") for r in runs.split("\n") if r]                                   # Llama 2 has a space before its </s>
+
+
+@pytest.mark.parametrize("turns, runs, context", [("last", ["a4#"], "q2"), ("all", ["a1#", "a2#", "a3#", "a4#"], "q1")])
+def test_a_conversations_ids_are_the_templates_and_its_mask_the_turns_asked_for(talker, turns, runs, context):
+    (row,), counts = encode([Feedback(ASK, GO, False)], talker, turns=turns)
+    ids = rendered(talker, ASK + GO)
+    n = len(ids) - ids[::-1].index(talker.eot)                                       # what follows the last end-of-text is not needed
+    assert row.ids.tolist() == ids[:n] and trained_runs(row, talker) == runs
+    before = talker.decode(row.ids[:row.n_prompt])
+    assert context in before and runs[0][:2] not in before.split(context)[1] and (turns == "all" or talker.decode(row.response).startswith("a2"))
+    assert counts == {"read": 1, "undesirable": 1, "prompts": 1} and not row.desirable
+
+
+def test_turns_all_also_trains_the_prompts_answers_of_a_response_of_one_turn(talker):
+    (row,), _ = encode([Feedback(ASK, "a2", True)], talker, turns="all")
+    assert trained_runs(row, talker) == ["a1#", "a2#"] and talker.decode(row.response).startswith("a1")
+    (row,), _ = encode([Feedback(ASK, "a2", True)], talker)
+    assert trained_runs(row, talker) == ["a2#"] and row.ids[:row.n_prompt].tolist() == talker.prompt_ids(ASK)
+    (alone,), _ = encode([Feedback(ASK[:2], "a2", True)], talker, turns="all")       # nothing but the response to train: the row of "last"
+    assert alone.ids.tolist() == encode([Feedback(ASK[:2], "a2", True)], talker)[0][0].ids.tolist()
+
+
+@pytest.mark.parametrize("turns, segment, runs", [
+    ("last", None, ["a4#"]), ("all", None, ["a2#", "a3#", "a4#"]), ("segment", (0, 1), ["a2#"]), ("segment", (1, 2), ["a3#"]), ("segment", (1, 3), ["a3#", "a4#"])])
+def test_branches_of_a_pair_are_trained_after_their_shared_prompt(talker, turns, segment, runs):
+    other = tuple(t._replace(content=t.content.replace("a", "b")) for t in GO)
+    ((chosen, rejected),), _ = encode([Pair(ASK, GO, other, segment=segment)], talker, turns=turns)
+    assert trained_runs(chosen, talker) == runs and trained_runs(rejected, talker) == [r.replace("a", "b") for r in runs]
+    assert chosen.prompt_key == rejected.prompt_key and talker.decode(chosen.response).startswith("a2") and chosen.desirable and not rejected.desirable
+    assert chosen.mask[-1] == 1                                                      # nothing follows the last trained token
+    assert rendered(talker, ASK + GO)[:len(chosen.ids)] == chosen.ids.tolist()
+
+
+def test_a_branch_of_one_turn_and_one_of_several_still_share_their_prompt(talker):
+    ((chosen, rejected, target),), _ = encode([Pair(ASK, GO[:1], GO, target="c")], talker)
+    assert chosen.prompt_key == rejected.prompt_key == target.prompt_key
+    assert [trained_runs(r, talker) for r in (chosen, rejected, target)] == [["a2#"], ["a4#"], ["c#"]]
+
+
+@given(st.lists(texts, min_size=5, max_size=5))
+@pytest.mark.parametrize("turns", ["last", "all"])
+def test_trained_turns_are_exactly_the_assistants_texts_whatever_they_spell(chat, turns, contents):
+    assume(contents[0].strip() and contents[2].strip() and contents[4].strip())
+    roles = ("assistant", "user", "assistant", "user", "assistant")
+    for tokenizer in (chat, BYTES):
+        (row,), _ = encode([Feedback((Turn("user", "Q"),), tuple(map(Turn, roles, contents)), True)], tokenizer, turns=turns, max_len=4000)
+        wanted = contents[4:] if turns == "last" else contents[::2]
+        assert row.ids[row.mask > 0].tolist() == [i for c in wanted for i in [*tokenizer.encode(c), tokenizer.eot]]
+        assert (row.ids == tokenizer.eot).sum() == (3 if tokenizer is BYTES else 6)  # the ends of turns, and no text that spells one
+
+
+@pytest.mark.parametrize("whole, add_eot", [(False, True), (True, False)])
+def test_a_continuation_that_was_cut_has_no_end_but_its_earlier_turns_do(talker, whole, add_eot):
+    (row,), _ = encode([Feedback(ASK, GO, True, whole)], talker, turns="all", add_eot=add_eot)
+    assert trained_runs(row, talker) == ["a1#", "a2#", "a3#", "a4"]                  # nor a space that the template has before the end
+
+
+def test_a_continuation_is_cut_from_the_right_and_dropped_where_nothing_trained_is_left():
+    prompt, go = (Turn("user", "Q"),), (Turn("assistant", "a" * 9), Turn("user", "b" * 9), Turn("assistant", "c" * 9))
+    n = len(encode([Feedback(prompt, go, True)], BYTES)[0][0].ids)
+    (row,), counts = encode([Feedback(prompt, go, True)], BYTES, max_len=n - 1)
+    assert trained_runs(row, BYTES) == ["c" * 9] and counts["response cut from the right"] == 1      # its end is what was cut
+    rows, counts = encode([Feedback(prompt, go, True), Feedback(prompt, "x", False)], BYTES, max_len=n - 10)
+    assert [BYTES.text(r.response) for r in rows] == ["x"] and counts["dropped: nothing left to train"] == 1 and "desirable" not in counts
+    pairs, counts = encode([Pair(prompt, "x", go)], BYTES, max_len=n - 10)
+    assert pairs == [] and counts == {"read": 1, "response cut from the right": 1, "dropped: nothing left to train": 1}
+    (row,), _ = encode([Feedback(prompt, go, True)], BYTES, max_len=n - 10, turns="all")
+    assert trained_runs(row, BYTES) == ["a" * 9 + "#"]
+    (row,), counts = encode([Feedback(prompt, go, True)], BYTES, max_prompt_len=3)
+    assert row.ids[:3].tolist() == BYTES.encode("nt:\n")[-3:] and trained_runs(row, BYTES) == ["c" * 9 + "#"] and counts["prompt cut from the left"] == 1
+
+
+def test_pairs_that_differ_only_after_their_segment_are_the_same():
+    other = (GO[0], GO[1], Turn("assistant", "else"))
+    pairs, counts = encode([Pair(ASK, GO[:3], other, segment=(0, 1))], BYTES, turns="segment")
+    assert pairs == [] and counts["dropped: chosen is rejected"] == 1
+    assert len(encode([Pair(ASK, GO[:3], other, segment=(0, 2))], BYTES, turns="segment")[0]) == 1
+
+
+def test_a_blank_turn_is_dropped_where_it_would_be_trained():
+    blank = (GO[0], GO[1], Turn("assistant", " \n"))
+    for example in (Feedback(ASK, blank, True), Pair(ASK, GO[:3], blank), Pair(ASK, blank, "x")):
+        assert encode([example], BYTES) == ([], {"read": 1, "dropped: empty response": 1})
+    early = Feedback((Turn("user", "Q"), Turn("assistant", ""), Turn("user", "Q")), "A", True)
+    assert len(encode([early], BYTES)[0]) == 1 and encode([early], BYTES, turns="all")[1]["dropped: empty response"] == 1
+
+
+@pytest.mark.parametrize("example, words", [
+    (Pair(ASK, GO, GO[:3], where="f: line 2"), "--turns segment needs the column segment"),
+    (Pair(ASK, GO, GO[:3], segment=(0, 3), where="f: line 2"), "turns 0 to 3 (end excluded, from 0), but rejected has only 2"),
+    (Pair(ASK, "A", GO, segment=(1, 2), where="f: line 2"), "turns 1 to 2 (end excluded, from 0), but chosen has only 1"),
+    (Feedback(ASK, GO, True, where="f: line 2"), "--turns segment is for pairs"),
+])
+def test_a_segment_that_is_not_in_both_branches_is_an_error_that_names_the_row(example, words):
+    with pytest.raises(SystemExit) as e:
+        encode([example], BYTES, turns="segment")
+    assert str(e.value).startswith("f: line 2: ") and words in str(e.value) and "\n" not in str(e.value)
+
+
+def test_several_turns_after_a_prompt_that_is_a_text_are_an_error_and_so_are_unknown_turns():
+    with pytest.raises(SystemExit, match="f: line 2: a response of several messages needs a conversation as its prompt"):
+        encode([Feedback("Q", GO, True, where="f: line 2")], BYTES)
+    with pytest.raises(ValueError, match="last, all, segment"):
+        encode([Feedback("Q", "A", True)], BYTES, turns="first")
+
+
+@pytest.mark.parametrize("template", ["{% for m in messages %}{{ m.content if not loop.last else '' }}</s>{% endfor %}",
+                                      "{% for m in messages %}{{ m.content[:3] if m.role == 'assistant' else m.content }}</s>{% endfor %}"], ids=["drops", "cuts"])
+def test_a_template_that_loses_the_response_is_an_error(tmp_path, template):
+    with pytest.raises(SystemExit, match="f: line 2: the chat template loses or changes a message"):
+        encode([Feedback(ASK, GO, True, where="f: line 2")], data.load_tokenizer(hf_folder(tmp_path, template)))
+
+
+def test_a_template_that_writes_the_shared_prompt_in_two_ways_is_an_error(tmp_path):
+    tokenizer = data.load_tokenizer(hf_folder(tmp_path, "{{ messages | length }}{% for m in messages %}|{{ m.content }}</s>{% endfor %}"))
+    with pytest.raises(SystemExit, match="f: line 2: the chat template writes the prompt of chosen and rejected differently"):
+        encode([Pair(ASK, GO, GO[:3], where="f: line 2")], tokenizer)
+
+
+def test_tool_calls_go_through_the_template_and_their_text_is_no_control_token(tmp_path):
+    tokenizer = data.load_tokenizer(hf_folder(tmp_path, CHATML))
+    more = json.dumps({"tool_calls": CALLS}, ensure_ascii=False)
+    chat = (Turn("user", "Q"), Turn("assistant", "", more), Turn("tool", "R"))
+    (row,), _ = encode([Feedback(chat, "A", True)], tokenizer)
+    start, end = tokenizer.backend.convert_tokens_to_ids("<|user|>"), tokenizer.eot
+    says = tokenizer.encode
+    assert row.ids.tolist() == [start, *says("user\nQ"), end, *says("\n"), start, *says("assistant\n<call>" + json.dumps(CALLS, ensure_ascii=False)), end, *says("\n"),
+                                start, *says("tool\nR"), end, *says("\n"), start, *says("assistant\nA"), end]
+    assert trained_runs(encode([Feedback(chat, "A", True)], tokenizer, turns="all")[0][0], tokenizer) == ["A#"]    # calls are the template's own text
+    both = (chat[0], Turn("assistant", "Wait.", more), chat[2])
+    (row,), _ = encode([Feedback(chat[:1], (*chat[1:], Turn("assistant", "A")), True)], tokenizer)
+    assert row.ids[:row.n_prompt].tolist() == tokenizer.prompt_ids(chat[:1]) and trained_runs(row, tokenizer) == ["A#"]
+    with pytest.raises(SystemExit, match="f: line 2: the last turn is nothing but tool calls"):
+        encode([Feedback(chat[:1], chat[1:2], True, where="f: line 2")], tokenizer)
+    plain = BYTES.decode(BYTES.prompt_ids(both))
+    assert plain == f"User:\nQ\n\nAssistant:\nWait.\n{json.dumps(CALLS, ensure_ascii=False)}{EOT}\n\nTool:\nR\n\nAssistant:\n"
+    (row,), _ = encode([Feedback(chat[:1], chat[1:2], True)], BYTES)                 # the plain template's calls are content: they can be trained
+    assert BYTES.text(row.response) == json.dumps(CALLS, ensure_ascii=False)
+
+
+def test_a_mismatched_response_begins_at_its_first_trained_token_and_keeps_its_weights():
+    (row, partner), _ = encode([Feedback("Q", "x", True), Feedback(ASK, GO, False)], BYTES)
+    assert BYTES.text(mismatched(row, partner, 99).response) == "a4"
+    (_, partner), _ = encode([Feedback("Q", "x", True), Feedback(ASK, GO, False)], BYTES, turns="all")
+    y = mismatched(row, partner, 99)
+    assert y.ids.tolist() == [*row.ids[:row.n_prompt], *partner.response] and y.mask.tolist() == [0.0] * row.n_prompt + partner.mask[partner.n_prompt:].tolist()
+    assert trained_runs(mismatched(row, partner, row.n_prompt + 2), BYTES) == ["a1"]
+
+
+def test_length_desensitising_counts_trained_tokens_wherever_they_stand():
+    long, short = make_row([1], [2, 3, 4, 5, 6], trained=[1, 0, 1, 1, 1]), make_row([1], [7, 8, 9], trained=[0, 1, 1])
+    a, b = data.length_desensitised((long, short), 0.25)
+    assert a.mask.tolist() == [0, 1, 0, 1, 0.25, 0.25] and b.mask.tolist() == [0, 0, 1, 1]
+
+
+def test_the_worlds_sessions_train_the_segment_only():
+    import world
+    tokenizer, sessions = data.Tokenizer(world.tokenizer()), world.sessions(20, 0)
+    pairs = [data.parse(s, f"session {i}")[1][0] for i, s in enumerate(sessions)]
+    rows, counts = encode(pairs, tokenizer, turns="segment")
+    assert counts["pairs"] == 20 and {len(s["chosen"]) for s in sessions} == {1, 3}
+    for s, unit in zip(sessions, rows, strict=True):
+        for side, row in zip(("chosen", "rejected"), unit, strict=True):
+            assert tokenizer.text(row.ids[row.mask > 0]) == s[side][0]["content"] and row.ids[-1] == tokenizer.eot
 
 
 # --- pairs ------------------------------------------------------------------------------------------------------------
@@ -661,10 +1034,10 @@ def test_showing_a_file_prints_prompt_trained_tokens_partner_and_label(tmp_path,
     out = capsys.readouterr().out
     assert "format: prompt, completion, label" in out and "read 2 | desirable 1 | undesirable 1 | prompts 2" in out
     assert "lambda_d 1.33, lambda_u 1" in out
-    blocks = {f"line {i}": next(b for b in out.split("\n\n") if f"{path}: line {i}  " in b and "trained" in b) for i in (1, 2)}
-    assert "line 1  desirable, 14 prompt + 7 trained tokens\n  Why is it hot?\n  Vents. <end>\n" in blocks["line 1"]
+    blocks = {f"line {i}": next(b for b in out.split("\n\n") if f"{path}: line {i}\n" in b and "trained" in b) for i in (1, 2)}
+    assert "line 1\n    Why is it hot?\n  desirable, 14 prompt + 7 trained tokens\n  + Vents. <end>\n" in blocks["line 1"]
     assert blocks["line 1"].strip().endswith(f"y' for z0, from {path}: line 2: Fans.")
-    assert "line 2  undesirable, 15 prompt + 5 trained tokens\n  Why is it loud?\n  Fans. (cut: no end)\n" in blocks["line 2"]
+    assert "line 2\n    Why is it loud?\n  undesirable, 15 prompt + 5 trained tokens\n  - Fans. (cut: no end)\n" in blocks["line 2"]
     assert blocks["line 2"].strip().endswith(f"y' for z0, from {path}: line 1: Vents.")
     assert "\033" not in out                                                         # no colour codes where nobody sees them
 
@@ -677,19 +1050,35 @@ def test_colours_say_prompt_label_and_partner(tmp_path, capsys, monkeypatch):
     assert all(s in out for s in ("\033[90mP1\033[0m", "\033[90mP2\033[0m", "\033[32mC1\033[0m", "\033[31mC2\033[0m", "\033[34my' for z0"))
 
 
+def test_showing_pairs_marks_the_trained_turns_of_both_branches(tmp_path, capsys):
+    path = jsonl(tmp_path / "f.jsonl", {"prompt": CHAT, "chosen": LONG, "rejected": "B", "segment": {"start": 0, "end": 1}})
+    data.main([str(path), "--paired"])
+    out = capsys.readouterr().out
+    assert "read 1 | pairs 1 | prompts 1" in out and "lambda" not in out
+    assert f"{path}: line 1\n    System:" in out and "trained tokens\n    a<|endoftext|>\n    \n    User:\n    b\n    \n    Assistant:\n    \n  + c <end>\n  rejected, " in out
+    assert out.endswith("2 trained tokens\n  - B <end>\n\n")
+    data.main([str(path), "--paired", "--turns", "segment"])
+    assert "trained tokens\n  + a <end>\n  rejected, " in capsys.readouterr().out
+    data.main([str(path), "--turns", "all"])                                         # as labels: two rows, the turns of both trained
+    out = capsys.readouterr().out
+    assert "  + a <end>\n    \n    \n    User:\n    b\n    \n    Assistant:\n    \n  + c <end>" in out and "undesirable" in out
+    with pytest.raises(SystemExit, match="--paired needs pairs"):
+        data.main([str(jsonl(tmp_path / "g.jsonl", TEXT)), "--paired"])
+
+
 def test_showing_takes_columns_threshold_lengths_and_end_of_text(tmp_path, capsys):
     path = jsonl(tmp_path / "f.jsonl", *({"q": f"question {i}", "a": "abcdef", "reward": i} for i in range(3)))
     data.main([str(path), "--columns", "prompt=q,completion=a", "--threshold", "1", "--max_prompt_len", "4", "--max_len", "9",
                "--batch_size", "2", "--add_eot", "false"])
     out = capsys.readouterr().out
     assert "| desirable 1 | undesirable 2 |" in out and "prompt cut from the left 3" in out and "response cut from the right 3" in out
-    assert out.count("4 prompt + 5 trained tokens") == 2 and "  abcde (cut: no end)" in out and "<end>" not in out
+    assert out.count("4 prompt + 5 trained tokens") == 2 and "  + abcde (cut: no end)" in out and "<end>" not in out
 
 
 def test_a_single_prompt_shows_its_rows_without_partners(tmp_path, capsys):
     data.main([str(jsonl(tmp_path / "f.jsonl", TEXT))])
     out = capsys.readouterr().out
-    assert "  A <end>" in out and "y'" not in out
+    assert "  + A <end>" in out and "y'" not in out
 
 
 def test_the_hint_appears_where_most_responses_were_cut_and_only_there():
@@ -701,6 +1090,14 @@ def test_the_hint_appears_where_most_responses_were_cut_and_only_there():
 
 
 # --- real files -------------------------------------------------------------------------------------------------------
+
+def test_columns_may_be_any_that_a_format_knows_and_nothing_else():
+    assert data.parse_columns("score_chosen=a,segment=b,history=c,responses=d,prompt=e") == {
+        "score_chosen": "a", "segment": "b", "history": "c", "responses": "d", "prompt": "e"}
+    for text in ("promt=question", "prompt"):
+        with pytest.raises(SystemExit, match="--columns .* OURS=THEIRS with OURS one of chosen, completion, conversations"):
+            data.parse_columns(text)
+
 
 def n_turns(e):
     return len(e.prompt)
@@ -760,6 +1157,15 @@ def test_shared_scored_reviews_are_read_as_the_readme_counts_them():
     assert counts["dropped: empty response"] == 17 and len(rows) == 2543
     assert len(examples) - len({(e.prompt, e.completion) for e in examples}) == 4 and "duplicates (kept)" not in counts   # all four empty
     assert all(BYTES.eot not in r.ids for r in rows)
+
+
+def test_shared_scored_reviews_make_pairs_best_with_worst():
+    pairs, name = read(shared("odpo/imdb-sft-test.jsonl"), scored="pairs")
+    assert "scored responses 2,560" in name and all(p.score_chosen > p.score_rejected for p in pairs)
+    counts = {k: int(v.replace(",", "")) for k, v in (x.rsplit(" ", 1) for x in name[name.index("(") + 1:-1].split(" | "))}
+    assert 2 * (len(pairs) + counts.get("ties dropped", 0)) + counts.get("left over", 0) == 2560      # every response is accounted for
+    units, found = encode(pairs, BYTES, add_eot=False)
+    assert len(units) + found["dropped: empty response"] + found.get("dropped: chosen is rejected", 0) == len(pairs)
 
 
 def test_shared_answers_need_columns_and_repeat_their_questions():

@@ -787,7 +787,7 @@ def world_source(cfg, paired, recipe):
     tokenizer, expert, sessions = data.Tokenizer(world.tokenizer()), recipe.get("stages") == "self-play", recipe.get("source") == "sessions"
     shape = model.GPTConfig(vocab_size=tokenizer.vocab_size, **world.MODEL | ({"context": world.SESSION["context"]} if sessions else {}))
     cfg.max_len = min(cfg.max_len, shape.context)
-    cfg.max_prompt_len = min(cfg.max_prompt_len, cfg.max_len // 2)
+    cfg.max_prompt_len = min(cfg.max_prompt_len, cfg.max_len * 3 // 4)
 
     def encode(examples, **how):
         return data.encode(examples, tokenizer, max_len=cfg.max_len, max_prompt_len=cfg.max_prompt_len, **how)
@@ -797,7 +797,7 @@ def world_source(cfg, paired, recipe):
 
     pairs = world.pairs(world.N_PAIRS, cfg.seed, flip=cfg.flip)
     if sessions:                                                                # two exchanges, one of them gone wrong
-        units, counts = encode((data.parse(s, f"world: session {i}")[1] for i, s in enumerate(world.sessions(world.N_PAIRS, cfg.seed))), turns="segment")
+        units, counts = encode((data.parse(s, f"world: session {i}")[1][0] for i, s in enumerate(world.sessions(world.N_PAIRS, cfg.seed))), turns="segment")
     elif expert:                                                                 # SPIN imitates: replies of a good help desk
         rows, counts = encode(data.Feedback(p, r, True) for p, r in world.dialogues(world.N_EXPERT, cfg.seed + 2, "expert"))
         units = [(r,) for r in rows]
@@ -836,11 +836,12 @@ def file_source(cfg, paired, recipe):
     tokenizer = data.load_tokenizer(cfg.model or cfg.tokenizer or None)
 
     def read(files):
-        examples, name = data.read(files, columns=data.parse_columns(cfg.columns), threshold=cfg.threshold)
+        examples, name = data.read(files, columns=data.parse_columns(cfg.columns), threshold=cfg.threshold, scored="pairs" if paired else "labels")
         if paired and not isinstance(examples[0], data.Pair):
             raise SystemExit(f"--data {' '.join(files)}: --loss {cfg.loss} needs pairs (prompt, chosen, rejected); the file has {name}")
         examples = examples if paired else data.to_feedback(examples)
-        found, counts = data.encode(examples, tokenizer, max_len=cfg.max_len, max_prompt_len=cfg.max_prompt_len, add_eot=cfg.add_eot)
+        found, counts = data.encode(examples, tokenizer, max_len=cfg.max_len, max_prompt_len=cfg.max_prompt_len, add_eot=cfg.add_eot,
+                                    turns=recipe.get("turns", cfg.turns))
         if not found:
             raise SystemExit(f"--data {' '.join(files)}: no rows left ({data.counts_line(counts)})")
         return examples, found if paired else [(r,) for r in found], counts, name

@@ -295,7 +295,7 @@ def win_rates(wins, rows):
 
 # --- a comparison: both models answer once, and every judge reads the same texts --------------------------------------
 
-def held_out_prompts(config, files=(), *, n, seed=0, split="report", columns=None, threshold=None):
+def held_out_prompts(config, files=(), *, n, seed=0, split="report", columns=None):
     """(prompts, examples, where from) for a run: from `files`, else its eval_data, else the data it was trained on; or the world's.
 
     Prompts are distinct; of more than n a seeded draw of n is kept, in the file's order. examples: the rows of these prompts.
@@ -304,7 +304,7 @@ def held_out_prompts(config, files=(), *, n, seed=0, split="report", columns=Non
         return world.eval_prompts(split, n), [], f"the world's {split} split"
     source = list(files or config["eval_data"] or config["data"])
     columns = data.parse_columns(config["columns"] if columns is None else columns)
-    threshold = next((t for t in (threshold, config["threshold"]) if t is not None), 0.0)           # prompts do not depend on it
+    threshold = 0.0 if config["threshold"] is None else config["threshold"]                         # no prompt depends on it
     examples, _ = data.read(source, columns=columns, threshold=threshold)
     prompts = list(dict.fromkeys(e.prompt for e in examples))
     if len(prompts) > n:
@@ -315,7 +315,7 @@ def held_out_prompts(config, files=(), *, n, seed=0, split="report", columns=Non
 
 
 def compare(out, config, models, files=(), *, n=None, temperature=1.0, top_p=1.0, seed=0, max_new_tokens=None, split="report",
-            columns=None, threshold=None, device="cpu"):
+            columns=None, device="cpu"):
     """One response of each model to each held-out prompt, into comparison.jsonl; `eval.json` says how they were sampled.
 
     models: () -> (policy, reference, tokenizer); config: the content of the run's config.json.
@@ -323,7 +323,7 @@ def compare(out, config, models, files=(), *, n=None, temperature=1.0, top_p=1.0
     """
     out, of_world = Path(out), config["task"] == "world"
     n, max_new_tokens = n or (480 if of_world else 200), max_new_tokens or (64 if of_world else 256)
-    prompts, examples, source = held_out_prompts(config, files, n=n, seed=seed, split=split, columns=columns, threshold=threshold)
+    prompts, examples, source = held_out_prompts(config, files, n=n, seed=seed, split=split, columns=columns)
     policy, reference, tokenizer = models()
     for p in prompts:
         try:
@@ -691,7 +691,8 @@ def model_card(config, result):
     origin = config.get("origin", {})
     chosen = [k for k in config if k not in NOT_IN_CARD and (k in ALWAYS_IN_CARD or origin.get(k, "default") != "default")]
     lines += ["", "## Settings", "", "| setting | value | from |", "|---|---|---|"]
-    lines += [f"| {k} | {name(config[k]) if isinstance(config[k], str) else config[k]} | {origin.get(k, '')} |" for k in chosen if config[k] not in (None, "", [])]
+    show = lambda v: name(v) if isinstance(v, str) else ", ".join(map(show, v)) if isinstance(v, list) else str(v)          # noqa: E731
+    lines += [f"| {k} | {show(config[k])} | {origin.get(k, '')} |" for k in chosen if config[k] not in (None, "", [])]
     lines += ["", "## Results", ""] + (_card_results(result, name) or ["Not measured."])
     tokenizer = 'AutoTokenizer.from_pretrained("FOLDER")' if base else 'data.load_tokenizer("FOLDER")                # nanoKTO\'s data.py'
     lines += ["", "## Load it", "", "```python", *(["from transformers import AutoModelForCausalLM, AutoTokenizer"] if base
@@ -820,7 +821,8 @@ def compare_and_judge(a, config, typed):
     rows, kept = ([], {}) if a.resample else kept_comparison(out)
     for flag, value in typed.items() if rows else ():
         if kept[flag] != value:
-            raise SystemExit(f"--{flag} {value}: {out}/comparison.jsonl was sampled with {kept[flag]}; --resample replaces it, and with it what was exported")
+            value, was = (" ".join(value), "prompts of " + kept["source"]) if flag == "data" else (value, kept[flag])
+            raise SystemExit(f"--{flag} {value}: {out}/comparison.jsonl was sampled with {was}; --resample replaces it, and with it what was exported")
     if a.verdicts and not rows:
         raise SystemExit(f"--verdicts {a.verdicts}: {out} has no comparison of its present model; --export_pairs FILE makes one, and the pairs to judge")
     judge = load_judge(a.judge, device=a.device) if a.judge else None              # before minutes of sampling

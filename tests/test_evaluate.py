@@ -442,6 +442,8 @@ def test_prompts_come_from_any_file_that_trains_and_conversations_survive_the_di
     (tmp_path / "scored.jsonl").write_text('{"prompt": "x", "completion": "y", "reward": 1}\n')
     config = evaluate.run_config(run)
     assert evaluate.held_out_prompts(config, [f"{tmp_path}/scored.jsonl"], n=9)[0] == ["x"], "a prompt needs no --threshold"
+    with pytest.raises(SystemExit, match=r"--data other.jsonl: .*was sampled with prompts of .*chat.json; --resample"):
+        evaluate.main([str(run), "--data", "other.jsonl"])
     with pytest.raises(SystemExit, match="no such file"):
         evaluate.main([str(run), "--resample", "--data", "nosuch.jsonl"])
 
@@ -468,8 +470,8 @@ def test_a_table_of_runs_on_files_is_one_line(run):
 
 CONFIG = dict(loss="dpo + 0.1*sft", model="/home/secret/models/Tiny-Llama", data=["/home/secret/rows.jsonl"], eval_data=["C:\\secret\\held.json"], tokenizer="",
               init="/home/secret/models/Tiny-Llama", ref="/home/secret/models/Tiny-Llama", out="/home/secret/out", lr=1e-6, steps=12, batch_size=32, beta=0.25,
-              judge="/home/secret/judge.py:f", weight_decay=0.0, save_every=100, device="", task="files", n_desirable=1234, n_undesirable=1234,
-              origin={"beta": "command line", "lr": "pairs", "judge": "command line", "weight_decay": "default"},
+              judge="/home/secret/judge.py:f", more=["/home/secret/a"], weight_decay=0.0, save_every=100, device="", task="files", n_desirable=1234, n_undesirable=1234,
+              origin={"beta": "command line", "lr": "pairs", "judge": "command line", "more": "command line", "weight_decay": "default"},
               versions={"torch": "2.13.0", "transformers": "5.23.0"}, commit="abc123")
 RESULT = {"win_rate": 0.625, "win_rate_ci95": [0.5, 0.75], "win_rate_length_controlled": 0.5625, "ties": 3, "n": 40, "judge": "/home/secret/rm", "reward": None, "kl": 0.5,
           "eval": {"logratio_desirable": 1.5, "logratio_undesirable": -0.5, "margin": 2.0, "accuracy": 0.75, "n": 8}}

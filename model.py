@@ -19,6 +19,7 @@ models are stored in GPT-2's Hugging Face format, so transformers loads what thi
 import copy
 import json
 import re
+import warnings
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -27,7 +28,6 @@ import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch.utils.checkpoint import checkpoint
 
@@ -602,8 +602,8 @@ def load_policy(folder, *, device="cpu", dtype=torch.float32, lora=0, trust_remo
         policy = GPT.from_pretrained(folder, device=device, dtype=dtype) if "nanokto" in config else None
         lm = load_lm(lm_folder, dtype, trust_remote_code, flag).to(device) if policy is None else None
         if base:
-            lm = peft_library("model").PeftModel.from_pretrained(lm, folder, use_safetensors=True).merge_and_unload()
-    except (SafetensorError, OSError, ValueError, RuntimeError, KeyError) as e:
+            lm = merge_adapter(lm, folder, flag)
+    except Exception as e:                                                          # a folder can be broken in a hundred ways
         raise SystemExit(f"--{flag} {folder}: cannot be loaded from {', '.join(f.name for f in files)[:100]}: {' '.join(str(e).split())[:300]}") from None
     for name, p in (policy or lm).named_parameters():
         if p.numel() and not all(x.isfinite() for x in p.detach().aminmax()):       # which pass a NaN on, and allocate nothing
@@ -653,7 +653,23 @@ def add_lora(lm, rank):
     """A fresh adapter on every linear layer but the head: W + 2 B A, B = 0, so that it starts as the model itself. W is frozen."""
     peft = peft_library("lora")
     config = peft.LoraConfig(task_type="CAUSAL_LM", r=rank, lora_alpha=2 * rank, target_modules="all-linear", lora_dropout=0.0)
-    model = peft.get_peft_model(lm, config)
+    with warnings.catch_warnings(action="ignore"):                                  # GPT-2's linear layers are transposed; peft sees to it
+        model = peft.get_peft_model(lm, config)
     if Path(lm.name_or_path).is_dir():                                              # found from anywhere, not just from this directory
         model.peft_config["default"].base_model_name_or_path = str(Path(lm.name_or_path).resolve())
     return model
+
+
+def merge_adapter(lm, folder, flag="model"):
+    """lm with the adapter in `folder` added to its weights, all of them trainable."""
+    peft, file = peft_library(flag), Path(folder) / "adapter_model.safetensors"
+    if not file.is_file():
+        raise SystemExit(f"--{flag} {folder}: an adapter without adapter_model.safetensors; only safetensors weights are loaded")
+    with warnings.catch_warnings(action="ignore"):                                  # what peft warns of is an error below
+        model = peft.PeftModel.from_pretrained(lm, folder)
+    if not hasattr(model.base_model, "merge_and_unload"):
+        raise SystemExit(f"--{flag} {folder}: an adapter of type {model.active_peft_config.peft_type.value} cannot be merged into the weights; LoRA can")
+    wanted, got = peft.get_peft_model_state_dict(model, save_embedding_layers=False), load_file(file)
+    if odd := sorted(wanted.keys() ^ got.keys()):
+        raise SystemExit(f"--{flag} {folder}: the adapter does not fit its base: {odd[0]!r} is only in {'the file' if odd[0] in got else 'the model'}")
+    return model.merge_and_unload().requires_grad_(True)

@@ -61,7 +61,7 @@ def chunked_log_probs(hidden, head, vocab_size, targets, extra=None, *, chunk_el
     """Log-probs of the targets under head(hidden), chunk by chunk.   (M, d), (m, d) -> (m, V), V, (M,) -> (M,)
 
     Chunks of positions, recomputed in backward: at V = 50257 the logits of 2,000 tokens and their gradient would be 800 MB.
-    `chunk_elements`: logits of a chunk at most, 2^23 on a CPU, 2^28 (1 GB in float32) on a GPU, where few rows leave it idle.
+    `chunk_elements`: logits of a chunk at most, 2^23 on a CPU, 2^26 on a GPU, where few rows would leave it idle.
     `extra(logits, targets, rows)` -> (k, m) may measure more on a chunk, `rows` being its slice of the M positions; the
     result is then (1 + k, M).
     """
@@ -70,7 +70,7 @@ def chunked_log_probs(hidden, head, vocab_size, targets, extra=None, *, chunk_el
         logps = log_probs(logits, y)
         return logps if extra is None else torch.cat([logps[None], extra(logits, y, slice(start, start + len(y)))])
 
-    rows = max(1, (chunk_elements or 2**(28 if hidden.is_cuda else 23)) // vocab_size)
+    rows = max(1, (chunk_elements or 2**(26 if hidden.is_cuda else 23)) // vocab_size)
     if len(targets) <= rows:
         return of(hidden, targets, 0)
     pieces = zip(hidden.split(rows), targets.split(rows), range(0, len(targets), rows))
@@ -338,7 +338,7 @@ class HFPolicy(nn.Module):
     `lora`: train a fresh adapter of that rank on frozen weights; `reference()` is then the same weights with it switched off.
     """
 
-    def __init__(self, lm, *, lora=0):
+    def __init__(self, lm, *, lora=0, seed=0):
         super().__init__()
         from transformers import GenerationConfig
         self.lm = lm.eval()                             # dropout off, in training too: policy and reference must agree
@@ -357,7 +357,7 @@ class HFPolicy(nn.Module):
         # width 1911 / 1669, padded in groups of like length 1026 / 1132. So flat rows of 512 tokens are the best of them.
         varlen = "flash" in (lm.config._attn_implementation or "")
         self.token_budget = 8192 if self.flat and varlen else 512 if self.flat and lm.device.type == "cpu" else 2048
-        object.__setattr__(self, "peft", add_lora(lm, lora) if lora else None)           # not a submodule: it holds the same weights as lm
+        object.__setattr__(self, "peft", add_lora(lm, lora, seed) if lora else None)           # not a submodule: it holds the same weights as lm
 
     # --- what the model is like: asked once, of the model itself
 
@@ -586,11 +586,11 @@ def weight_files(folder, flag="model"):
     return files
 
 
-def load_policy(folder, *, device="cpu", dtype=torch.float32, lora=0, trust_remote_code=False, flag="model"):
+def load_policy(folder, *, device="cpu", dtype=torch.float32, lora=0, seed=0, trust_remote_code=False, flag="model"):
     """The causal LM in `folder` (or of that name on the hub): our own GPT where we wrote it, else transformers' as an `HFPolicy`.
 
     A folder with an adapter is its base with the adapter merged in, so that what is trained next, and its reference, start from
-    both. `lora`: rank of a fresh adapter, the only thing then trained. `dtype` is that of the weights.
+    both. `lora`: rank of a fresh adapter, the only thing then trained, its random half drawn from `seed`. `dtype` is that of the weights.
     """
     lm_folder = folder = local_folder(folder, flag, trust_remote_code=trust_remote_code)
     if base := adapter_base(folder, flag):
@@ -609,7 +609,7 @@ def load_policy(folder, *, device="cpu", dtype=torch.float32, lora=0, trust_remo
         if p.numel() and not all(x.isfinite() for x in p.detach().aminmax()):       # which pass a NaN on, and allocate nothing
             raise SystemExit(f"--{flag} {folder}: the weights are broken: NaN or infinity in {name}")
     if policy is None:
-        policy = HFPolicy(lm, lora=lora)
+        policy = HFPolicy(lm, lora=lora, seed=seed)
         if base:
             policy.sft_adapter = str(folder)
     return policy
@@ -649,11 +649,15 @@ def peft_library(flag):
     return peft
 
 
-def add_lora(lm, rank):
-    """A fresh adapter on every linear layer but the head: W + 2 B A, B = 0, so that it starts as the model itself. W is frozen."""
+def add_lora(lm, rank, seed=0):
+    """A fresh adapter on every linear layer but the head: W + 2 B A, B = 0, so that it starts as the model itself. W is frozen.
+
+    A is random, and the same on every process whatever the state of its generator.
+    """
     peft = peft_library("lora")
     config = peft.LoraConfig(task_type="CAUSAL_LM", r=rank, lora_alpha=2 * rank, target_modules="all-linear", lora_dropout=0.0)
-    with warnings.catch_warnings(action="ignore"):                                  # GPT-2's linear layers are transposed; peft sees to it
+    with warnings.catch_warnings(action="ignore"), torch.random.fork_rng(devices=[lm.device] if lm.device.type == "cuda" else []):
+        torch.manual_seed(seed)
         model = peft.get_peft_model(lm, config)
     if Path(lm.name_or_path).is_dir():                                              # found from anywhere, not just from this directory
         model.peft_config["default"].base_model_name_or_path = str(Path(lm.name_or_path).resolve())
@@ -673,3 +677,27 @@ def merge_adapter(lm, folder, flag="model"):
     if odd := sorted(wanted.keys() ^ got.keys()):
         raise SystemExit(f"--{flag} {folder}: the adapter does not fit its base: {odd[0]!r} is only in {'the file' if odd[0] in got else 'the model'}")
     return model.merge_and_unload().requires_grad_(True)
+
+
+# --- what it needs ----------------------------------------------------------------------------------------------------
+
+def memory_estimate(net, *, tokens, checkpointed=False, reference=False, state_bytes=8, activation_bytes=2):
+    """Bytes that training will hold, by what holds them. `net`: a GPT or a transformers model, on the meta device too.
+
+    `tokens` of the largest forward; `reference`: a second copy stays in memory; `state_bytes` of the optimiser per trained weight.
+    Rules of thumb for a decoder with a gated MLP: a token leaves about 8 d + 4 d_mlp numbers in each layer (an ungated MLP
+    less); checkpointed it leaves d, and one layer at a time is recomputed. A logit costs 14 bytes in the head's loss: 16-bit, float32,
+    its softmax and its gradient.
+    """
+    net = getattr(net, "lm", net)
+    if isinstance(net, GPT):
+        d, layers, mlp, vocab = net.config.d_model, net.config.n_layer, 4 * net.config.d_model, net.vocab_size
+    else:
+        c = net.config.get_text_config()
+        d, layers, vocab = c.hidden_size, c.num_hidden_layers, c.vocab_size
+        mlp = getattr(c, "intermediate_size", None) or getattr(c, "n_inner", None) or 4 * d
+    weights, trained = list(net.parameters()), [p for p in net.parameters() if p.requires_grad]
+    layer, size = tokens * (8 * d + 4 * mlp) * activation_bytes, sum(p.numel() * p.element_size() for p in weights)
+    return {"weights": size, "gradients": sum(p.numel() * p.element_size() for p in trained), "optimizer": state_bytes * sum(p.numel() for p in trained),
+            "activations": layers * tokens * d * activation_bytes + layer if checkpointed else layers * layer,
+            "head": 14 * min(tokens * vocab, max(vocab, 2**26)), "reference": size if reference else 0}

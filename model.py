@@ -16,15 +16,18 @@ The architecture is GPT-2's (Radford et al. 2019; tanh-GELU, pre-norm, learned p
 models are stored in GPT-2's Hugging Face format, so transformers loads what this file saves and this file loads GPT-2.
 """
 
+import copy
 import json
+import re
+import warnings
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch.utils.checkpoint import checkpoint
 
@@ -49,19 +52,25 @@ def token_logps(logits, ids, mask):
     return torch.where(mask > 0, logps * mask, torch.zeros_like(logps))        # where: a masked -inf must not become NaN
 
 
-def head_log_probs(hidden, weight, targets, extra=None, *, chunk_elements=2**23):
-    """Log-probs of the targets under hidden @ weight.T, without ever holding (M, V) logits.   (M, d), (V, d), (M,) -> (M,)
+def head_log_probs(hidden, weight, targets, extra=None, *, chunk_elements=None):
+    """Log-probs of the targets under hidden @ weight.T, without ever holding (M, V) logits.   (M, d), (V, d), (M,) -> (M,)"""
+    return chunked_log_probs(hidden, lambda h: F.linear(h, weight), weight.shape[0], targets, extra, chunk_elements=chunk_elements)
+
+
+def chunked_log_probs(hidden, head, vocab_size, targets, extra=None, *, chunk_elements=None):
+    """Log-probs of the targets under head(hidden), chunk by chunk.   (M, d), (m, d) -> (m, V), V, (M,) -> (M,)
 
     Chunks of positions, recomputed in backward: at V = 50257 the logits of 2,000 tokens and their gradient would be 800 MB.
+    `chunk_elements`: logits of a chunk at most, 2^23 on a CPU, 2^26 on a GPU, where few rows would leave it idle.
     `extra(logits, targets, rows)` -> (k, m) may measure more on a chunk, `rows` being its slice of the M positions; the
     result is then (1 + k, M).
     """
     def of(h, y, start):
-        logits = F.linear(h, weight)
+        logits = head(h)
         logps = log_probs(logits, y)
         return logps if extra is None else torch.cat([logps[None], extra(logits, y, slice(start, start + len(y)))])
 
-    rows = max(1, chunk_elements // weight.shape[0])
+    rows = max(1, (chunk_elements or 2**(26 if hidden.is_cuda else 23)) // vocab_size)
     if len(targets) <= rows:
         return of(hidden, targets, 0)
     pieces = zip(hidden.split(rows), targets.split(rows), range(0, len(targets), rows))
@@ -147,7 +156,7 @@ class GPT(nn.Module):
         """Hidden states.   (N,), (N,) -> (N, d).   attend(layer, q, k, v) is the only thing that knows what belongs together"""
         x = self.wte(ids) + self.wpe(positions)
         for i, block in enumerate(self.h):
-            x = block(x, lambda q, k, v: attend(i, q, k, v))
+            x = block(x, lambda q, k, v, i=i: attend(i, q, k, v))           # i=i: a recomputation comes after the loop
         return self.ln_f(x)
 
     def hidden(self, ids, positions, lengths, predict):
@@ -161,6 +170,10 @@ class GPT(nn.Module):
         """Logits (M, V) at the `predict` positions (at all, if None); with `targets`, their log-probs (M,) instead."""
         x = self.hidden(ids, positions, lengths, slice(None) if predict is None else predict)
         return self.head(x) if targets is None else head_log_probs(x, self.wte.weight, targets, extra)
+
+    def checkpoint_activations(self):
+        """Keep only the input of each block and recompute the rest in backward: a third more work, 5 to 15 times less memory."""
+        recompute_in_backward(self.h)
 
     @torch.no_grad()
     def generate(self, prompts, *, eot, max_new_tokens, temperature=1.0, top_p=1.0, seed=0, rows=512, room=None):
@@ -250,6 +263,12 @@ class GPT(nn.Module):
         return model.to(device)
 
 
+def recompute_in_backward(blocks):
+    """Wraps each block's forward in torch's checkpoint. No training mode is needed, and module hooks (FSDP's) stay outside."""
+    for block in blocks:
+        block.forward = partial(checkpoint, block.forward, use_reentrant=False)
+
+
 class _Cache:
     """Keys and values of every layer, (layer, key or value, row, head, position, d): row i's tokens are at 0 .. used[i] - 1."""
 
@@ -309,56 +328,148 @@ def sample(logits, uniform, temperature=1.0, top_p=1.0):
 # --- any Hugging Face causal LM behind the same call ------------------------------------------------------------------
 
 class HFPolicy(nn.Module):
-    """`AutoModelForCausalLM` that takes flat rows. transformers keeps the sequences of a row apart only when it sees
-    restarting position_ids, no attention mask and NO cache; with its default use_cache=True they silently see each other
-    (logit errors of 0.02 to 0.25). So a probe on two short sequences decides, per model, whether rows may stay flat; else
-    they are padded on the way in and unpadded on the way out. Nobody else ever sees a pad."""
+    """`AutoModelForCausalLM` that takes flat rows, and only response positions meet its head, in chunks.
 
-    def __init__(self, lm):
+    transformers keeps the sequences of a row apart only when it sees restarting position_ids, no attention mask and NO cache; with
+    its default use_cache=True they silently see each other (logit errors of 0.02 to 0.25). So a probe decides, per model,
+    whether rows may stay `flat`; else they are padded on the way in and unpadded on the way out. Nobody else ever sees a pad.
+    A second probe compares our head with the model's own; where they differ the model's logits are taken whole (`chunked` False).
+
+    `lora`: train a fresh adapter of that rank on frozen weights; `reference()` is then the same weights with it switched off.
+    """
+
+    def __init__(self, lm, *, lora=0, seed=0):
         super().__init__()
         from transformers import GenerationConfig
         self.lm = lm.eval()                             # dropout off, in training too: policy and reference must agree
         lm.generation_config = GenerationConfig()       # a folder's own may carry penalties, and samples would not be the policy's
-        self.vocab_size = lm.config.vocab_size
-        self.context = getattr(lm.config, "max_position_embeddings", None) or getattr(lm.config, "n_positions", 1024)
-        self.flat = self._probe()
-        # Attention here is N x N over the whole flat row: on a CPU 2048 tokens cost three times what 512 do, per token.
-        self.token_budget = 512 if self.flat and lm.device.type == "cpu" else 2048
+        c = lm.config.get_text_config()
+        self.vocab_size = c.vocab_size
+        self.context = getattr(c, "max_position_embeddings", None) or getattr(c, "n_positions", 1024)
+        # What heads do after the product: Cohere scales, Granite divides, Gemma caps. The probe sees what is not listed here.
+        self.scale = (getattr(c, "logit_scale", None) or 1) / (getattr(c, "logits_scaling", None) or 1)
+        self.softcap = getattr(c, "final_logit_softcapping", None)
+        self.chunked = self._head_is_ours()             # else hidden() gives the model's own logits, and head() nothing to do
+        self._check_causal()
+        self.flat = self._keeps_apart()
+        # SDPA's attention is N x N over a flat row. CPU, one core, Llama shape d = 384, microseconds per token forward and backward,
+        # at 128 / 512 tokens a row: flat rows of 512: 969 / 996, of 1024: 1143 / 1175, of 2048: 1626 / 1600; padded to one
+        # width 1911 / 1669, padded in groups of like length 1026 / 1132. So flat rows of 512 tokens are the best of them.
+        varlen = "flash" in (lm.config._attn_implementation or "")
+        self.token_budget = 8192 if self.flat and varlen else 512 if self.flat and lm.device.type == "cpu" else 2048
+        object.__setattr__(self, "peft", add_lora(lm, lora, seed) if lora else None)           # not a submodule: it holds the same weights as lm
+
+    # --- what the model is like: asked once, of the model itself
+
+    def _rows(self, *lengths):
+        device = next(self.lm.parameters()).device
+        return (torch.arange(sum(lengths), device=device) * 7 + 3) % self.vocab_size, torch.cat([torch.arange(n, device=device) for n in lengths])
+
+    def _same(self, a, b, wide, narrow):
+        """Equal but for rounding: up to `narrow` for 16-bit weights, else up to `wide`."""
+        tolerance = narrow if a.dtype in (torch.bfloat16, torch.float16) else wide
+        return bool((a - b).abs().max() <= tolerance * b.abs().max().clamp(min=1))
 
     @torch.no_grad()
-    def _probe(self):
-        device = next(self.lm.parameters()).device
-        ids = torch.arange(11, device=device) * 7 % self.vocab_size
-        positions = torch.tensor([*range(5), *range(6)], device=device)
-        apart = torch.cat([self.lm(part[None], use_cache=False).logits[0] for part in ids.split([5, 6])])
-        together = self._flat_logits(ids, positions, torch.arange(11, device=device))
-        return bool((together - apart).abs().max() <= 1e-3 * apart.abs().max().clamp(min=1))
+    def _check_causal(self):
+        """A later token must not change an earlier one's output. It is also why pads at the right need no attention mask."""
+        ids, _ = self._rows(9)
+        other = torch.cat([ids[:7], (ids[7:] + 1) % self.vocab_size])
+        if not self._same(self._run(ids[None])[0, :7], self._run(other[None])[0, :7], 1e-5, 0.03):
+            raise SystemExit(f"--model {self.lm.name_or_path}: its tokens see later ones (model_type {self.lm.config.model_type!r}); needed is a causal language model")
+
+    @torch.no_grad()
+    def _keeps_apart(self):
+        """Do two sequences in one row give what two forwards give, and does the second not notice when the first changes? The latter
+        is exact in 16 bits too, where rounding would hide a small leak. Sequences longer than a small sliding window, so that it matters."""
+        window = getattr(self.lm.config.get_text_config(), "sliding_window", None) or 0
+        lengths = [n + (window if window <= 512 else 0) for n in (5, 6)]
+        ids, positions = self._rows(*lengths)
+        other = torch.cat([(ids[:lengths[0]] + 1) % self.vocab_size, ids[lengths[0]:]])
+        try:
+            row, changed = (self._run(x[None], positions[None])[0] for x in (ids, other))
+        except TypeError:                                                           # no position_ids at all
+            return False
+        apart = torch.cat([self._run(part[None])[0] for part in ids.split(lengths)])
+        return self._same(row, apart, 1e-3, 0.1) and self._same(row[lengths[0]:], changed[lengths[0]:], 1e-5, 0.0)
+
+    @torch.no_grad()
+    def _head_is_ours(self):
+        """Does `head` of the decoder's output give the model's own logits, of hidden states from small to so large that any cap shows?"""
+        if self.lm.get_decoder() is self.lm or self.lm.get_output_embeddings() is None:
+            return False
+        seen = []
+
+        def enlarge(module, args, out):
+            out.last_hidden_state = out.last_hidden_state * torch.logspace(-1, 2, 9).to(out.last_hidden_state)[:, None]
+            seen.append(out.last_hidden_state)
+            return out
+
+        hook = self.lm.get_decoder().register_forward_hook(enlarge)
+        try:
+            logits = self.lm(input_ids=self._rows(9)[0][None], use_cache=False).logits
+        finally:
+            hook.remove()
+        if not seen:                                                                # its forward goes another way
+            return False
+        ours = self._post(self.lm.get_output_embeddings()(seen[0]))
+        size = logits.abs().amax(-1, keepdim=True).clamp(min=1e-6)                            # each position by its own size
+        return ours.shape == logits.shape and self._same(ours / size, logits / size, 1e-3, 0.02)
+
+    # --- the policy's interface
 
     def train(self, mode=True):
         return super().train(False)
 
-    def _flat_logits(self, ids, positions, predict):
-        return self.lm(input_ids=ids[None], position_ids=positions[None], use_cache=False, logits_to_keep=predict).logits[0]
+    def _run(self, rows, positions=None):
+        """(B, T) -> (B, T, d): the decoder's output; the model's logits where the head is not ours."""
+        how = dict(input_ids=rows, use_cache=False) | ({} if positions is None else {"position_ids": positions})
+        return self.lm.get_decoder()(**how).last_hidden_state if self.chunked else self.lm(**how).logits
 
-    def _padded_logits(self, ids, lengths, predict):
-        rows = nn.utils.rnn.pad_sequence(ids.split(lengths), batch_first=True)
-        real = torch.arange(rows.shape[1], device=ids.device) < torch.tensor(lengths, device=ids.device)[:, None]
-        # The pads are at the right, where causal attention does not look; the mask tells models that look elsewhere too.
-        return self.lm(input_ids=rows, attention_mask=real.long(), use_cache=False).logits[real][predict]
+    def _padded(self, ids, lengths):
+        """The same (N, d) by rows padded at the right, in groups of like length: at most an eighth of a group is padding."""
+        groups, parts, order = [], ids.split(lengths), sorted(range(len(lengths)), key=lengths.__getitem__)
+        for i in order:
+            group = groups[-1] if groups else []
+            if group and lengths[i] * (len(group) + 1) * 7 <= (sum(lengths[j] for j in group) + lengths[i]) * 8:
+                group.append(i)
+            else:
+                groups.append([i])
+        out = [None] * len(lengths)
+        for group in groups:
+            hidden = self._run(nn.utils.rnn.pad_sequence([parts[i] for i in group], batch_first=True))
+            for i, h in zip(group, hidden):
+                out[i] = h[:lengths[i]]
+        return torch.cat(out)
 
     def hidden(self, ids, positions, lengths, predict):
-        """Here the logits themselves: soft-capping, biases and scales of heads differ too much to be redone outside."""
-        return self._flat_logits(ids, positions, predict) if self.flat else self._padded_logits(ids, lengths, predict)
+        """What `head` sees at the `predict` positions.   (M, d); not `chunked`: the logits, (M, V)"""
+        return (self._run(ids[None], positions[None])[0] if self.flat else self._padded(ids, list(lengths)))[predict]
+
+    def _post(self, logits):
+        logits = logits if self.scale == 1 else logits * self.scale
+        return logits if self.softcap is None else torch.tanh(logits / self.softcap) * self.softcap
 
     def head(self, hidden):
-        return hidden
+        return self._post(self.lm.get_output_embeddings()(hidden)) if self.chunked else hidden
 
     def forward(self, ids, positions, lengths, predict=None, targets=None, extra=None):
-        logits = self.hidden(ids, positions, lengths, torch.arange(len(ids), device=ids.device) if predict is None else predict)
-        if targets is None:
-            return logits
-        logps = log_probs(logits, targets)
-        return logps if extra is None else torch.cat([logps[None], extra(logits, targets, slice(0, len(targets)))])
+        hidden = self.hidden(ids, positions, lengths, slice(None) if predict is None else predict)
+        return self.head(hidden) if targets is None else chunked_log_probs(hidden, self.head, self.vocab_size, targets, extra)
+
+    def reference(self):
+        """The policy before training, without a second copy of the weights: the same model with its adapter switched off."""
+        if self.peft is None:
+            raise ValueError("only a policy with lora has its reference inside")
+        return AdapterOff(self)
+
+    def checkpoint_activations(self):
+        """As `GPT.checkpoint_activations`. Not by transformers' own switch, which needs training mode, and that means dropout."""
+        from transformers.modeling_layers import GradientCheckpointingLayer
+        blocks = [m for m in self.lm.modules() if isinstance(m, GradientCheckpointingLayer)]
+        if not blocks:
+            raise SystemExit(f"--checkpoint_activations: transformers cannot checkpoint model_type {self.lm.config.model_type!r}")
+        recompute_in_backward(blocks)
 
     @torch.no_grad()
     def generate(self, prompts, *, eot, max_new_tokens, temperature=1.0, top_p=1.0, seed=0, rows=64, room=None):
@@ -381,12 +492,85 @@ class HFPolicy(nn.Module):
                     out.append(row[:row.index(eot) + 1] if eot in row else row)
         return out
 
-    def save(self, folder, *, eot=None):
-        self.lm.save_pretrained(folder, safe_serialization=True)
+    def save(self, folder, *, eot=None, adapter=False):
+        """The model in Hugging Face format, an adapter merged into its weights; `adapter=True`: the adapter alone, in peft's format."""
+        if not adapter:
+            # Merging in place and back would leave rounding in the frozen weights, so in a copy.
+            lm = self.lm if self.peft is None else copy.deepcopy(self.peft).merge_and_unload()
+            lm.save_pretrained(folder)
+        elif self.peft is None:
+            raise ValueError("there is no adapter to save: the policy was loaded without lora")
+        elif self.sft_adapter:
+            raise SystemExit(f"--save adapter: this one stands on {self.sft_adapter} merged into its base, which no adapter folder can say; save it merged")
+        else:
+            self.peft.save_pretrained(folder, save_embedding_layers=False)
+
+    sft_adapter = None                                  # the adapter folder that was merged into the weights on loading
+
+
+class AdapterOff:
+    """A policy with its adapter switched off, and without gradient; sizes and settings are the policy's own."""
+
+    def __init__(self, policy):
+        self.policy = policy
+
+    def __getattr__(self, name):
+        return getattr(self.policy, name)
+
+    def _call(self, method, *args, **how):
+        with torch.no_grad(), self.policy.peft.disable_adapter():
+            return method(*args, **how)
+
+    def __call__(self, *args, **how):
+        return self._call(self.policy, *args, **how)
+
+    def hidden(self, *args):
+        return self._call(self.policy.hidden, *args)
+
+    def head(self, hidden):
+        return self._call(self.policy.head, hidden)
+
+    def generate(self, prompts, **how):
+        return self._call(self.policy.generate, prompts, **how)
+
+    def requires_grad_(self, mode=True):
+        return self                                     # its weights are the policy's: freezing them would freeze the policy
+
+
+# --- loading ----------------------------------------------------------------------------------------------------------
+
+def local_folder(name, flag="model", *, trust_remote_code=False):
+    """The folder itself, or where the hub's files of that name are after downloading them."""
+    if Path(name).is_dir() or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", str(name)) or str(name).startswith("."):
+        return Path(name)
+    from huggingface_hub import snapshot_download
+    files = ["config.json", "*model*.safetensors", "*.safetensors.index.json", "adapter_config.json", "generation_config.json",
+             "*token*", "vocab*", "merges.txt", "*.jinja", *(["*.py"] if trust_remote_code else [])]
+    try:
+        return Path(snapshot_download(str(name), allow_patterns=files, ignore_patterns=["*/*"]))
+    except Exception as e:                                                          # offline, no such name, no access: a dozen classes
+        raise SystemExit(f"--{flag} {name}: no such folder, and not to be had from the hub ({type(e).__name__}: {' '.join(str(e).split())[:150]})") from None
+
+
+def adapter_base(folder, flag="model"):
+    """The folder or hub name of the base model if `folder` holds a peft adapter, else None."""
+    path = Path(folder) / "adapter_config.json"
+    if not path.is_file():
+        return None
+    try:
+        base = json.loads(path.read_text())["base_model_name_or_path"]
+    except (ValueError, KeyError):
+        base = None
+    if not base:
+        raise SystemExit(f"--{flag} {folder}: adapter_config.json does not say what its base model is (base_model_name_or_path)")
+    return str(path.parent / base) if (path.parent / base).is_dir() else base
 
 
 def read_model_config(folder, flag="model"):
+    """config.json of the model in `folder`, or of the base if it holds an adapter."""
     path = Path(folder) / "config.json"
+    if base := adapter_base(folder, flag):
+        return read_model_config(local_folder(base, flag), flag)
     if not path.is_file():
         raise SystemExit(f"--{flag} {folder}: no config.json there; expected a folder with a model in Hugging Face format")
     try:
@@ -402,16 +586,118 @@ def weight_files(folder, flag="model"):
     return files
 
 
-def load_policy(folder, *, device="cpu", dtype=torch.float32):
-    """The causal LM in `folder`: our own GPT where we wrote it, else transformers' AutoModelForCausalLM as an `HFPolicy`."""
-    config, files = read_model_config(folder), weight_files(folder)
+def load_policy(folder, *, device="cpu", dtype=torch.float32, lora=0, seed=0, trust_remote_code=False, flag="model"):
+    """The causal LM in `folder` (or of that name on the hub): our own GPT where we wrote it, else transformers' as an `HFPolicy`.
+
+    A folder with an adapter is its base with the adapter merged in, so that what is trained next, and its reference, start from
+    both. `lora`: rank of a fresh adapter, the only thing then trained, its random half drawn from `seed`. `dtype` is that of the weights.
+    """
+    lm_folder = folder = local_folder(folder, flag, trust_remote_code=trust_remote_code)
+    if base := adapter_base(folder, flag):
+        lm_folder = local_folder(base, flag, trust_remote_code=trust_remote_code)
+    config, files = read_model_config(lm_folder, flag), weight_files(lm_folder, flag) + weight_files(folder, flag)
+    if "nanokto" in config and lora:
+        raise SystemExit(f"--lora {lora}: is for Hugging Face models; {folder} holds this project's small GPT, which is trained whole")
     try:
-        if "nanokto" in config:
-            return GPT.from_pretrained(folder, device=device, dtype=dtype)
-        from transformers import AutoModelForCausalLM
-        from transformers.utils import logging
-        logging.disable_progress_bar()
-        lm = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, use_safetensors=True, local_files_only=True)
-    except (SafetensorError, OSError, ValueError, RuntimeError) as e:
-        raise SystemExit(f"--model {folder}: cannot be loaded from {', '.join(f.name for f in files)}: {' '.join(str(e).split())[:300]}") from None
-    return HFPolicy(lm.to(device))
+        policy = GPT.from_pretrained(folder, device=device, dtype=dtype) if "nanokto" in config else None
+        lm = load_lm(lm_folder, dtype, trust_remote_code, flag).to(device) if policy is None else None
+        if base:
+            lm = merge_adapter(lm, folder, flag)
+    except Exception as e:                                                          # a folder can be broken in a hundred ways
+        raise SystemExit(f"--{flag} {folder}: cannot be loaded from {', '.join(f.name for f in files)[:100]}: {' '.join(str(e).split())[:300]}") from None
+    for name, p in (policy or lm).named_parameters():
+        if p.numel() and not all(x.isfinite() for x in p.detach().aminmax()):       # which pass a NaN on, and allocate nothing
+            raise SystemExit(f"--{flag} {folder}: the weights are broken: NaN or infinity in {name}")
+    if policy is None:
+        policy = HFPolicy(lm, lora=lora, seed=seed)
+        if base:
+            policy.sft_adapter = str(folder)
+    return policy
+
+
+def load_lm(folder, dtype, trust_remote_code, flag):
+    """transformers' causal LM in `folder`. What transformers only warns of, weights left at random numbers, is an error here."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers.utils import is_flash_attn_2_available, logging
+    logging.disable_progress_bar()
+    before = logging.get_verbosity()
+    logging.set_verbosity_error()                                                   # its tables; the one line below says it
+    try:
+        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=trust_remote_code)
+        if not trust_remote_code and type(config) not in AutoModelForCausalLM._model_mapping:
+            raise SystemExit(f"--{flag} {folder}: model_type {config.model_type!r} is no causal language model that transformers knows")
+        lm, info = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, use_safetensors=True, local_files_only=True, output_loading_info=True,
+                                                        ignore_mismatched_sizes=True, trust_remote_code=trust_remote_code)
+    finally:
+        logging.set_verbosity(before)
+    for name, got, expected in sorted(info["mismatched_keys"]):
+        raise SystemExit(f"--{flag} {folder}: {name} has the shape {tuple(got)}, config.json asks for {tuple(expected)}")
+    if missing := sorted(info["missing_keys"]):
+        raise SystemExit(f"--{flag} {folder}: no tensor {missing[0]!r} in its safetensors files" + (f" ({len(missing)} are missing)" if missing[1:] else ""))
+    if torch.cuda.is_available() and dtype in (torch.bfloat16, torch.float16) and is_flash_attn_2_available() and lm._supports_flash_attn:
+        lm.set_attn_implementation("flash_attention_2")                             # variable length: flat rows cost no N x N
+    return lm
+
+
+# --- adapters (Hu et al. 2021, arXiv 2106.09685), by the peft library ----------------------------------------------------------
+
+def peft_library(flag):
+    try:
+        import peft
+    except ImportError:
+        raise SystemExit(f"--{flag}: needs the peft package (pip install peft)") from None
+    return peft
+
+
+def add_lora(lm, rank, seed=0):
+    """A fresh adapter on every linear layer but the head: W + 2 B A, B = 0, so that it starts as the model itself. W is frozen.
+
+    A is random, and the same on every process whatever the state of its generator.
+    """
+    peft = peft_library("lora")
+    config = peft.LoraConfig(task_type="CAUSAL_LM", r=rank, lora_alpha=2 * rank, target_modules="all-linear", lora_dropout=0.0)
+    with warnings.catch_warnings(action="ignore"), torch.random.fork_rng(devices=[lm.device] if lm.device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        model = peft.get_peft_model(lm, config)
+    if Path(lm.name_or_path).is_dir():                                              # found from anywhere, not just from this directory
+        model.peft_config["default"].base_model_name_or_path = str(Path(lm.name_or_path).resolve())
+    return model
+
+
+def merge_adapter(lm, folder, flag="model"):
+    """lm with the adapter in `folder` added to its weights, all of them trainable."""
+    peft, file = peft_library(flag), Path(folder) / "adapter_model.safetensors"
+    if not file.is_file():
+        raise SystemExit(f"--{flag} {folder}: an adapter without adapter_model.safetensors; only safetensors weights are loaded")
+    with warnings.catch_warnings(action="ignore"):                                  # what peft warns of is an error below
+        model = peft.PeftModel.from_pretrained(lm, folder)
+    if not hasattr(model.base_model, "merge_and_unload"):
+        raise SystemExit(f"--{flag} {folder}: an adapter of type {model.active_peft_config.peft_type.value} cannot be merged into the weights; LoRA can")
+    wanted, got = peft.get_peft_model_state_dict(model, save_embedding_layers=False), load_file(file)
+    if odd := sorted(wanted.keys() ^ got.keys()):
+        raise SystemExit(f"--{flag} {folder}: the adapter does not fit its base: {odd[0]!r} is only in {'the file' if odd[0] in got else 'the model'}")
+    return model.merge_and_unload().requires_grad_(True)
+
+
+# --- what it needs ----------------------------------------------------------------------------------------------------
+
+def memory_estimate(net, *, tokens, checkpointed=False, reference=False, state_bytes=8, activation_bytes=2):
+    """Bytes that training will hold, by what holds them. `net`: a GPT or a transformers model, on the meta device too.
+
+    `tokens` of the largest forward; `reference`: a second copy stays in memory; `state_bytes` of the optimiser per trained weight.
+    Rules of thumb for a decoder with a gated MLP: a token leaves about 8 d + 4 d_mlp numbers in each layer (an ungated MLP
+    less); checkpointed it leaves d, and one layer at a time is recomputed. A logit costs 14 bytes in the head's loss: 16-bit, float32,
+    its softmax and its gradient.
+    """
+    net = getattr(net, "lm", net)
+    if isinstance(net, GPT):
+        d, layers, mlp, vocab = net.config.d_model, net.config.n_layer, 4 * net.config.d_model, net.vocab_size
+    else:
+        c = net.config.get_text_config()
+        d, layers, vocab = c.hidden_size, c.num_hidden_layers, c.vocab_size
+        mlp = getattr(c, "intermediate_size", None) or getattr(c, "n_inner", None) or 4 * d
+    weights, trained = list(net.parameters()), [p for p in net.parameters() if p.requires_grad]
+    layer, size = tokens * (8 * d + 4 * mlp) * activation_bytes, sum(p.numel() * p.element_size() for p in weights)
+    return {"weights": size, "gradients": sum(p.numel() * p.element_size() for p in trained), "optimizer": state_bytes * sum(p.numel() for p in trained),
+            "activations": layers * tokens * d * activation_bytes + layer if checkpointed else layers * layer,
+            "head": 14 * min(tokens * vocab, max(vocab, 2**26)), "reference": size if reference else 0}

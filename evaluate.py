@@ -239,6 +239,8 @@ def _reward_model(folder, device, flag):
         except Exception as e:                                                      # jinja's own errors, and transformers'
             raise SystemExit(f"--{flag} {folder}: its chat template refuses roles {', '.join(t.role for t in turns.values())}: {' '.join(str(e).split())}") from None
         pieces = re.split("(" + "|".join(map(re.escape, turns)) + ")", text)
+        if lost := [t.role for m, t in turns.items() if pieces.count(m) != 1]:                              # all responses would score alike
+            raise SystemExit(f"--{flag} {folder}: its chat template loses or repeats the {lost[-1]}'s message")
         return [t for piece in pieces for t in tokenizer(turns[piece].content if piece in turns else piece, add_special_tokens=False,
                                                          split_special_tokens=piece in turns).input_ids]
 

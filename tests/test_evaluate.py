@@ -215,6 +215,13 @@ def test_a_folder_that_is_no_reward_model_is_one_line(reward_models, change, mes
     assert "\n" not in str(e.value)
 
 
+@pytest.mark.parametrize("template, message", [("{{ messages[0].content }}", "loses or repeats the assistant's message"),
+                                               ("{{ raise_exception('no such role') }}", "refuses roles user, assistant: no such role")])
+def test_a_judges_template_that_drops_the_response_or_refuses_is_one_line(reward_models, template, message):
+    with pytest.raises(SystemExit, match=f"its chat template {message}"):
+        evaluate.load_judge(reward_models("template", "Llama", template))(["x"], ["y"])
+
+
 def test_a_reward_model_without_or_with_broken_weights_is_one_line(reward_models):
     folder = reward_models("broken")
     weights = Path(folder, "model.safetensors")

@@ -702,10 +702,9 @@ def model_card(config, result):
     show = lambda v: name(v) if isinstance(v, str) else ", ".join(map(show, v)) if isinstance(v, list) else str(v)          # noqa: E731
     lines += [f"| {k} | {show(config[k])} | {origin.get(k, '')} |" for k in chosen if config[k] not in (None, "", [])]
     lines += ["", "## Results", ""] + (_card_results(result, name) or ["Not measured."])
-    tokenizer = 'AutoTokenizer.from_pretrained("FOLDER")' if base else 'data.load_tokenizer("FOLDER")                # nanoKTO\'s data.py'
-    lines += ["", "## Load it", "", "```python", *(["from transformers import AutoModelForCausalLM, AutoTokenizer"] if base
-                                                   else ["import data", "from transformers import AutoModelForCausalLM"]), "",
-              'model = AutoModelForCausalLM.from_pretrained("FOLDER")', f"tokenizer = {tokenizer}", "```"]
+    kind = "peft.AutoPeftModelForCausalLM" if config.get("save") == "adapter" else "AutoModelForCausalLM"
+    lines += ["", "## Load it", "", "```python", *["import peft"] * kind.startswith("peft"), "from transformers import AutoModelForCausalLM, AutoTokenizer", "",
+              f'model = {kind}.from_pretrained("FOLDER")', 'tokenizer = AutoTokenizer.from_pretrained("FOLDER")', "```"]
     versions = ", ".join(f"{k} {v}" for k, v in config.get("versions", {}).items())
     lines += ["", f"Made by nanoKTO{' at commit ' + config['commit'] if config.get('commit') else ''}{', with ' + versions if versions else ''}."]
     return "\n".join(lines) + "\n"

@@ -35,6 +35,7 @@ from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import timedelta
 from functools import cached_property
+from importlib.metadata import version
 from pathlib import Path
 
 # Before torch is loaded: waiting threads sleep instead of spinning. With two threads on a busy machine, matmuls took 1.5 (width 384)
@@ -94,10 +95,10 @@ def flag(default, help):
 @dataclass
 class Config:
     loss: str = flag("kto", "objective: " + ", ".join(LOSSES))
-    model: str = flag("", "folder of a causal LM in Hugging Face format; without it the small GPT")
-    data: tuple = flag((), "preference files, one or several; without it the embedded help desk")
+    model: str = flag("", "folder or hub name of a causal LM, or of an adapter to continue; without it the small GPT")
+    data: tuple = flag((), "preference files (jsonl, json, parquet) or hub data sets; without it the embedded help desk")
     eval_data: tuple = flag((), "held-out files, same formats")
-    tokenizer: str = flag("", "with --data and no --model: a folder with vocab.bpe and encoder.json (default: bytes)")
+    tokenizer: str = flag("", "with --data and no --model: a folder with vocab.bpe and encoder.json, or gpt2 (default: bytes)")
     init: str = flag("", "folder the policy starts from (default: --model)")
     ref: str = flag("", "folder of the reference (default: --model)")
     out: str = flag("", "the run's folder (default: out/<loss>)")
@@ -113,7 +114,11 @@ class Config:
     weight_decay: float = flag(0.0, "on matrices only")
     max_grad_norm: float = flag(1.0, "gradients are scaled down to this norm; 0: never")
     seed: int = flag(0, "of data order, initial weights and sampling")
-    dtype: str = flag("fp32", "fp32, bf16 (autocast, weights stay fp32) or fp64")
+    lora: int = flag(0, "rank of low-rank adapters, which alone are trained (needs peft); 0: all weights are")
+    save: str = flag("merged", "with --lora, model/ is the adapter merged into the weights, or the adapter alone: merged, adapter")
+    checkpoint_activations: bool = flag(False, "recompute activations in backward: less memory, a quarter more time")
+    trust_remote_code: bool = flag(False, "run Python code that comes with --model")
+    dtype: str = flag("fp32", "fp32, bf16 (autocast; weights stay fp32, with --lora the frozen ones are bf16) or fp64")
     device: str = flag("", "cpu, cuda or mps (default: cuda where there is one)")
     max_len: int = flag(1024, "tokens per row, never above the model's context")
     max_prompt_len: int = flag(512, "tokens per prompt; longer ones lose their left end")
@@ -125,6 +130,7 @@ class Config:
     pretrain_steps: int = flag(500, "embedded world: steps of the base model's pretraining")
     sft_steps: int = flag(400, "small GPT: steps of supervised fine-tuning before alignment; with --data on the desirable responses")
     flip: float = flag(0.0, "embedded world: share of its annotator's labels that are flipped")
+    judge: str = flag("", "of --data runs: a reward model's folder or file.py:function that compares policy and reference at the end")
     eval_every: int = flag(0, "steps between evaluations on the tuning prompts (0: only at the end)")
     save_every: int = flag(100, "steps between checkpoints")
     log_every: int = flag(1, "steps between progress updates")
@@ -275,13 +281,13 @@ class Reference:
     reach are left out.
     """
 
-    def __init__(self, units, cfg, group):
-        self.units, self.cfg, self.group = units, cfg, group
+    def __init__(self, units, cfg, group, policy=None):
+        self.units, self.cfg, self.group, self.policy = units, cfg, group, policy
         self.prompts = [u[0].prompt_key for u in units]
         self.matched_table, self.mismatched_table, self.epoch = None, None, None
 
     def _score(self, units, needed, what):
-        policy = frozen_reference(self.cfg, self.group)
+        policy = frozen_reference(self.cfg, self.group, self.policy)
         table = torch.zeros(len(units), len(units[0]), dtype=torch.float64)
         with self.group.bar(needed, what) as bar:
             for k, part in enumerate(data.token_batches(units, policy.token_budget)):
@@ -295,7 +301,7 @@ class Reference:
     @cached_property
     def live(self):
         """The model itself, for losses that compare whole next-token distributions (TDPO)."""
-        return frozen_reference(self.cfg, self.group)
+        return frozen_reference(self.cfg, self.group, self.policy)
 
     def matched(self, batch):
         """log pi_ref(y|x) of the batch's responses.   (B, S)"""
@@ -349,8 +355,16 @@ class NoReference:
         return torch.zeros(len(batch.rows), self.width, dtype=torch.float64)
 
 
-def frozen_reference(cfg, group):
-    return model.load_policy(cfg.ref, device=group.device, dtype=DTYPES[cfg.dtype]).requires_grad_(False)
+def frozen_reference(cfg, group, policy=None):
+    """The reference model. With adapters it is the policy itself with them switched off, as long as both started from one folder."""
+    if cfg.lora and policy is not None and Path(cfg.init).resolve() == Path(cfg.ref).resolve():
+        return policy.reference()
+    return load(cfg.ref, cfg, group).requires_grad_(False)
+
+
+def load(folder, cfg, group, **how):
+    dtype = torch.bfloat16 if cfg.lora and cfg.dtype == "bf16" else DTYPES[cfg.dtype]                # peft keeps its own weights in fp32
+    return model.load_policy(folder, device=group.device, dtype=dtype, trust_remote_code=cfg.trust_remote_code, **how)
 
 
 def mismatched_units(units, batch, cfg):
@@ -528,10 +542,15 @@ def run(argv, held):
     if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) and (out / "config.json").is_file():        # torchrun has started us again: go on
         cfg.resume, cfg.overwrite = True, False
     check_out(out, cfg)
+    named = cfg.model
+    for name in filter(lambda name: getattr(cfg, name), ("model", "init", "ref")):                          # a hub name becomes the folder of its files
+        setattr(cfg, name, str(folder := model.local_folder(getattr(cfg, name), name, trust_remote_code=cfg.trust_remote_code)))
+        model.read_model_config(folder, name), model.weight_files(folder, name)
     loss, z0, recipe, stages = find_loss(cfg.loss), hyper.get("z0"), RECIPES.get(cfg.loss, {}), hyper.get("stages", 1)
     paired = is_paired(signature(loss)[0]) and recipe.get("stages") != "self-play"         # self-play makes its own pairs
     source = (file_source if cfg.data else world_source)(cfg, paired, recipe)
     group = Group.join(cfg.device, cfg.timeout)
+    judge = evaluate.load_judge(cfg.judge, device=group.device) if cfg.judge and group.rank == 0 else None
     units = examples_for(loss, recipe, source, cfg, hyper)
     per_stage = len(units) // stages if recipe.get("stages") == "easy first" else len(units)
     if per_stage < 1:
@@ -554,19 +573,22 @@ def run(argv, held):
         cfg.init, cfg.ref = cfg.init or old["init"], cfg.ref or old["ref"]
     base = cfg.model or (cfg.init if cfg.init and cfg.ref else base_model(cfg, group, source))
     cfg.init, cfg.ref = cfg.init or base, cfg.ref or base
-    policy = model.load_policy(cfg.init, device=group.device, dtype=DTYPES[cfg.dtype])
+    policy = load(cfg.init, cfg, group, lora=cfg.lora, seed=cfg.seed)
+    if cfg.checkpoint_activations:
+        policy.checkpoint_activations()
     if policy.context < cfg.max_len:
         raise SystemExit(f"--max_len {cfg.max_len}: the model in {cfg.init} has a context of {policy.context} tokens")
     if source.tokenizer.vocab_size > policy.vocab_size:
         raise SystemExit(f"--model {cfg.init}: its tokenizer has {source.tokenizer.vocab_size} tokens, its embedding only {policy.vocab_size}")
     use_threads(policy)
-    group.say(f"policy: {cfg.init}, {sum(p.numel() for p in policy.parameters()):,} weights"
-              + ("" if policy.flat else " (rows are padded: this architecture does not keep flat ones apart)")
+    group.say(f"policy: {cfg.init}, {sum(p.numel() for p in policy.parameters()):,} weights" + (f", {sum(p.numel() for _, p in trained(policy)):,} of them trained (rank {cfg.lora})" if cfg.lora else "")
+              + ("" if policy.flat else " | rows are padded: this architecture does not keep flat ones apart")
+              + ("" if getattr(policy, "chunked", True) else " | logits are held whole: this head is not a plain product")
               + (f" | reference: {cfg.ref}" if task.needs_reference and recipe.get("reference") != "none" else " | no reference needed")
               + (f" | {stages} stages of {cfg.steps} steps, each against the policy of the one before" if stages > 1 else ""))
     seconds = {"base": time.perf_counter() - clock}
-    record = {**asdict(cfg), **own, "task": source.task, "source": recipe.get("source", ""), "origin": origin, "n_desirable": n_d, "n_undesirable": n_u,
-              "processes": group.size, "versions": {"torch": torch.__version__, "python": sys.version.split()[0], "numpy": np.__version__}, "commit": git_commit()}
+    record = {**asdict(cfg), **own, "model": named, "task": source.task, "source": recipe.get("source", ""), "origin": origin, "n_desirable": n_d, "n_undesirable": n_u,
+              "processes": group.size, "versions": {"torch": torch.__version__, "transformers": version("transformers"), "python": sys.version.split()[0], "numpy": np.__version__}, "commit": git_commit()}
     record, done, running = json.loads(json.dumps(record)), 0, {}                # as it will be read back
     if cfg.resume:
         refuse_changes(out, record)
@@ -586,8 +608,8 @@ def run(argv, held):
         group.barrier()
         task = replace(task, cfg=replace(cfg, ref=str(out / f"stage-{stage}") if stage else cfg.ref),
                        hyper=hyper | {k: v[stage] for k, v in own.items() if isinstance(v, list)})
-        some = stage_units(units, stage, stages, recipe, own, task, source.tokenizer, cfg.ref)
-        reference, optimizer = reference_for(some, recipe, own, task), make_optimizer(policy, cfg)
+        some = stage_units(units, stage, stages, recipe, own, task, source.tokenizer, cfg.ref, policy)
+        reference, optimizer = reference_for(some, recipe, own, task, None if stage else policy), make_optimizer(policy, cfg)
         if first:
             load_checkpoint(out / "checkpoint", policy, optimizer, reference)
         prompts = [u[0].prompt_key for u in some]
@@ -597,22 +619,27 @@ def run(argv, held):
         loop(policy, reference, optimizer, some, prompts, task, source, range(first, cfg.steps), running, apart, stage, stages)
     seconds |= {"align": time.perf_counter() - clock, "align_cpu": time.process_time() - cpu}
     if group.rank == 0:
-        policy.save(out / "model", eot=source.tokenizer.eot)
+        policy.save(out / "model", eot=source.tokenizer.eot, **({"adapter": True} if cfg.save == "adapter" else {}))
         source.tokenizer.save(out / "model")
-        source.report(policy, frozen_reference(cfg, group), seconds)
+        reference = frozen_reference(cfg, group, policy)
+        source.report(policy, reference, seconds)
+        if judge:
+            rows = evaluate.compare(out, record, lambda: (policy, reference, source.tokenizer), seed=cfg.seed, device=group.device)
+            print(evaluate.win_rate_lines(evaluate.judge_comparison(out, record, rows, judge, cfg.judge)))
+        (out / "model" / "README.md").write_text(evaluate.model_card(record, json.loads((out / "eval.json").read_text())))
     group.barrier()
 
 
-def reference_for(units, recipe, own, task):
+def reference_for(units, recipe, own, task, policy):
     """What this stage compares with, as the recipe says; None where the loss names no reference."""
     if recipe.get("reference") == "none":
         return NoReference(len(units[0]))
     if recipe.get("reference") == "moving":
         return MovingReference(units, task.cfg, task.group, own["ref_mix"], own["ref_every"])
-    return Reference(units, task.cfg, task.group) if task.needs_reference else None
+    return Reference(units, task.cfg, task.group, policy) if task.needs_reference else None
 
 
-def stage_units(units, stage, stages, recipe, own, task, tokenizer, first_ref):
+def stage_units(units, stage, stages, recipe, own, task, tokenizer, first_ref, policy):
     """The examples of one stage. Easy first: chunks of the pairs, in the order in which the first reference prefers them, by log pi_ref(y_w|x)
     - log pi_ref(y_l|x). Self-play: a rejected response to every prompt, sampled from the opponent, which is the last stage's policy."""
     cfg, group, out = task.cfg, task.group, Path(task.cfg.out)
@@ -621,20 +648,20 @@ def stage_units(units, stage, stages, recipe, own, task, tokenizer, first_ref):
         order = (logps[:, 1] - logps[:, 0]).argsort(stable=True).tolist()
         return [units[i] for i in order[stage * len(units) // stages:(stage + 1) * len(units) // stages]]
     if recipe.get("stages") == "self-play":
-        return with_samples(units, out / f"stage-{stage}-samples.json", task, tokenizer, desirable=False)
+        return with_samples(units, out / f"stage-{stage}-samples.json", task, tokenizer, policy, desirable=False)
     if own.get("slic_target") == "sample":
-        return with_samples(units, out / "targets.json", task, tokenizer, desirable=True)
+        return with_samples(units, out / "targets.json", task, tokenizer, policy, desirable=True)
     return units
 
 
-def with_samples(units, path, task, tokenizer, desirable):
+def with_samples(units, path, task, tokenizer, policy, desirable):
     """To each unit one response more, sampled from the reference at temperature 1, once, and kept with the run: SLiC's y_ref, SPIN's y'."""
     cfg, group = task.cfg, task.group
     if cfg.dry_run:                                                             # another row's response, for an estimate of the cost
         return [(*u, units[i - 1][0]) for i, u in enumerate(units)]
     prompts = [u[0].ids[:u[0].n_prompt].tolist() for u in units]
     if group.rank == 0 and not path.is_file():
-        responses, reference = [], frozen_reference(cfg, group)
+        responses, reference = [], frozen_reference(cfg, group, policy)
         with group.bar(len(prompts), "sampling from the reference") as bar:
             for i in range(0, len(prompts), 512):
                 responses += reference.generate(prompts[i:i + 512], eot=tokenizer.eot, max_new_tokens=cfg.max_len, room=cfg.max_len, seed=[cfg.seed, 7, i])
@@ -687,7 +714,7 @@ def loop(policy, reference, optimizer, units, prompts, task, source, steps, runn
             if step == 0:
                 group.say(check_first_step(m, predicted_first_loss(batch, units, task), cfg, apart))
             if cfg.eval_every and (step + 1) % cfg.eval_every == 0 and group.rank == 0:
-                m |= {f"eval/{k}": v for k, v in source.quick(policy, frozen_reference(cfg, group)).items()}
+                m |= {f"eval/{k}": v for k, v in source.quick(policy, frozen_reference(cfg, group, policy)).items()}
             log.write(json.dumps(m) + "\n")
             log.flush()
             bar = bar or group.bar(total, f"{cfg.loss}, step", initial=before + step)
@@ -756,12 +783,14 @@ def dry_run(policy, reference, optimizer, units, prompts, task, apart):
     score(policy, [units[i] for i in batch.rows], cfg, group.device)
     per_row = (time.perf_counter() - clock) / len(batch.rows) / group.size
     passes = 0 if reference is None else min(len(units), steps * cfg.batch_size) + steps * cfg.batch_size * task.needs_partners
-    weights = sum(p.numel() * p.element_size() for p in policy.parameters()) / 2**20
-    rss = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
-    peak = torch.cuda.max_memory_allocated() / 2**20 if group.device.type == "cuda" else rss
+    held = model.memory_estimate(policy, tokens=policy.token_budget, checkpointed=cfg.checkpoint_activations, activation_bytes=2 if cfg.dtype == "bf16" else 4,
+                                 reference=isinstance(reference, MovingReference))
+    rss = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 2**10)
+    peak = torch.cuda.max_memory_allocated() if group.device.type == "cuda" else rss
     group.say(f"estimate: {steps} steps x {per_step:.3f} s + {passes:,} reference rows x {1e3 * per_row:.2f} ms = about "
-              f"{(steps * per_step + passes * per_row) / 60:.1f} minutes, base model and evaluation apart\nmemory: weights {weights:.0f} MB, with gradients "
-              f"and AdamW's state {4 * weights:.0f} MB; peak so far {peak:.0f} MB per process\nnothing was written to {cfg.out}")
+              f"{(steps * per_step + passes * per_row) / 60:.1f} minutes, base model and evaluation apart\nmemory: "
+              + ", ".join(f"{what} {n / 2**20:,.0f}" for what, n in held.items()) + f" MB per process, {sum(held.values()) / 2**30:.2f} GiB in all; "
+              f"measured so far {peak / 2**30:.2f}\nnothing was written to {cfg.out}")
 
 
 # --- where rows come from: the embedded world, or the user's files ----------------------------------------------------
@@ -832,8 +861,10 @@ def file_source(cfg, paired, recipe):
     """The user's own preference files, for a Hugging Face model or for the small GPT."""
     for folder in filter(None, (cfg.model, cfg.init, cfg.ref)):
         shape = model.read_model_config(folder)
+        shape = shape.get("text_config", shape)
         cfg.max_len = min(cfg.max_len, shape.get("max_position_embeddings") or shape.get("n_positions") or cfg.max_len)
-    tokenizer = data.load_tokenizer(cfg.model or cfg.tokenizer or None)
+    base = model.adapter_base(cfg.model) if cfg.model and not (Path(cfg.model) / "tokenizer_config.json").is_file() else None       # of a bare adapter
+    tokenizer = data.load_tokenizer(base or cfg.model or cfg.tokenizer or None, trust_remote_code=cfg.trust_remote_code)
 
     def read(files):
         examples, name = data.read(files, columns=data.parse_columns(cfg.columns), threshold=cfg.threshold, scored="pairs" if paired else "labels")
@@ -942,10 +973,14 @@ def locked(path, wait=True):
 
 # --- what a run leaves; checkpoints are one file, written beside and renamed, the last two are kept -------------------
 
+def trained(policy):
+    return [(name, p) for name, p in policy.named_parameters() if p.requires_grad]
+
+
 def save_checkpoint(folder, policy, optimizer, step, running, reference=None):
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {"rng": torch.get_rng_state()}
-    for name, p in policy.named_parameters():
+    for name, p in trained(policy):
         tensors["policy." + name] = p.detach()
         tensors |= {f"{key}.{name}": value for key, value in optimizer.state.get(p, {}).items()}
     if isinstance(reference, MovingReference):
@@ -978,7 +1013,7 @@ def load_checkpoint(folder, policy, optimizer=None, reference=None):
         if files:
             raise SystemExit(f"--resume: none of the checkpoints in {folder} can be read; --overwrite starts again")
         return 0, {}
-    for name, p in policy.named_parameters():
+    for name, p in trained(policy):
         if getattr(saved.get("policy." + name), "shape", None) != p.shape:
             raise SystemExit(f"--resume: {path} has no tensor of shape {list(p.shape)} for {name}: it belongs to another model")
         p.data.copy_(saved["policy." + name])
@@ -998,7 +1033,8 @@ def refuse_changes(out, record):
         raise SystemExit(f"--resume: settings changed since {out} was started: {'; '.join(changed)}")
 
 
-RUN_FILES = ("config.json", "metrics.jsonl", "curves.png", "frontier.png", "samples.md", "eval.json", "checkpoint", "model", "targets.json")
+RUN_FILES = ("config.json", "metrics.jsonl", "curves.png", "frontier.png", "samples.md", "eval.json", "checkpoint", "model", "targets.json", "comparison.jsonl",
+             "pairs_key.json")
 
 
 def check_out(out, cfg):
@@ -1108,7 +1144,7 @@ def use_threads(policy, alone=False):
 
 # --- the command line -------------------------------------------------------------------------------------------------
 
-MAY_CHANGE = {"resume", "overwrite", "steps", "epochs", "micro_batch_size", "save_every", "eval_every", "log_every", "out", "device", "timeout"}
+MAY_CHANGE = {"resume", "overwrite", "steps", "epochs", "micro_batch_size", "save_every", "eval_every", "log_every", "out", "device", "timeout", "judge", "save", "checkpoint_activations"}
 
 
 class Parser(argparse.ArgumentParser):
@@ -1200,13 +1236,13 @@ def _typed(name, default, recipe):
 
 
 WORDS = {"z0": ("estimate", "zero", "on_policy"), "lambda_d": ("auto",), "lambda_u": ("auto",), "slic_target": ("sample", "chosen", "data"),
-         "dtype": tuple(DTYPES), "turns": ("last", "all")}
+         "dtype": tuple(DTYPES), "turns": ("last", "all"), "save": ("merged", "adapter")}
 NUMBER_TOO = ("z0", "lambda_d", "lambda_u")
 
 
 def check_settings(cfg, hyper, typed):
     """Ranges, and flags that need each other: (is it wrong, the line that says what is valid)."""
-    at_least = dict(batch_size=1, micro_batch_size=0, steps="steps" in typed, warmup=0, weight_decay=0, max_grad_norm=0, seed=0, max_len=2,
+    at_least = dict(batch_size=1, micro_batch_size=0, steps="steps" in typed, warmup=0, weight_decay=0, max_grad_norm=0, seed=0, max_len=2, lora=0,
                     max_prompt_len=1, pretrain_steps=0, sft_steps=0, eval_every=0, save_every=1, log_every=1, timeout=1, stages=1, ref_every=1, lambda_d=0, lambda_u=0, z0=0)
     values, several = {**asdict(cfg), **hyper}, isinstance(hyper.get("beta"), list)
     wrong = [(isinstance(values.get(name), (int, float)) and values[name] < least, f"--{name} {values.get(name)}: must be at least {int(least)}")
@@ -1220,6 +1256,10 @@ def check_settings(cfg, hyper, typed):
         (not 0 <= cfg.flip <= 1, f"--flip {cfg.flip}: a share, from 0 to 1"),
         ("flip" in typed and cfg.data, "--flip: belongs to the embedded world; --data brings its own labels"),
         ("flip" in typed and world_only, f"--flip: --loss {cfg.loss} learns from {world_only}, which no annotator has labelled"),
+        (cfg.lora and not cfg.model, f"--lora {cfg.lora}: is for Hugging Face models; give --model"),
+        (cfg.lora and hyper.get("ref_mix"), f"--lora {cfg.lora}: tr_dpo moves all weights of its reference, of which an adapter has no copy"),
+        (cfg.save == "adapter" and not cfg.lora, "--save adapter: needs --lora RANK"),
+        (cfg.judge and not (cfg.data and cfg.eval_data), "--judge: needs --eval_data FILE, whose prompts both models answer (the embedded world has its own judge)"),
         (cfg.model and not cfg.data, "--model: needs --data FILE, the preferences to align it with"),
         *((name in typed and not cfg.data, f"--{name}: needs --data FILE; the embedded world brings its own") for name in FILE_FLAGS),
         ("tokenizer" in typed and cfg.model, "--tokenizer: --model brings its own tokenizer; the flag is for the small GPT"),
@@ -1238,9 +1278,6 @@ def check_settings(cfg, hyper, typed):
             find_loss(cfg.loss)(**{n: v for n, v in example_values(1).items() if n in wants}, **{k: hyper[k][0] if several and k == "beta" else hyper[k] for k in own})
         except ValueError as e:
             raise SystemExit(f"--loss {cfg.loss}: {e}") from None
-    for name in ("model", "init", "ref"):
-        if folder := getattr(cfg, name):
-            model.read_model_config(folder, name), model.weight_files(folder, name)
 
 
 FILE_FLAGS = ("eval_data", "threshold", "columns", "tokenizer", "turns", "add_eot")                  # they say how files are read

@@ -520,11 +520,9 @@ BLUE, ORANGE, GREY, GREEN = "#0072B2", "#D55E00", "#777777", "#009E73"          
 
 
 def _figure(columns, width=5.0, height=3.6):
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-    figure, axes = plt.subplots(1, columns, figsize=(width * columns, height), layout="constrained")
-    return figure, np.atleast_1d(axes)
+    from matplotlib.figure import Figure                                           # without pyplot, which keeps every figure alive
+    figure = Figure(figsize=(width * columns, height), layout="constrained")
+    return figure, np.atleast_1d(figure.subplots(1, columns))
 
 
 def plot_curves(metrics, path):

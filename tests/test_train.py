@@ -193,12 +193,16 @@ def pairs(lab):
     records = [{"prompt": f"say {words[i % 6]}: ", "chosen": " ".join(rng.choice(words[:5], size=1 + i % 4)), "rejected": " ".join(rng.choice(words[5:], size=1 + i % 3)),
                 "score_chosen": 2.0 + i % 5, "score_rejected": 1.0, "win_prob_chosen": 0.8, "win_prob_rejected": 0.3} for i in range(26)]
     (lab / "pairs.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
+    turn = lambda text: {"role": "assistant", "content": text}                                                  # noqa: E731
+    sessions = [{"prompt": [{"role": "user", "content": r["prompt"][4:6]}], "segment": {"start": i % 2, "end": 1 + i % 2},
+                 **{side: [turn(r[side][:3]), {"role": "user", "content": "?"}, turn(r[side][2::-1])] for side in ("chosen", "rejected")}} for i, r in enumerate(records)]
+    (lab / "sessions.jsonl").write_text("".join(json.dumps(r) + "\n" for r in sessions))
     return lab
 
 
 def pair_flags(lab, out, loss, *more, steps=6):
     words = flags(lab, out, *more, loss=loss, steps=steps)
-    words[words.index("--data") + 1] = lab / "pairs.jsonl"
+    words[words.index("--data") + 1] = lab / ("sessions.jsonl" if loss == "sdpo_segment" else "pairs.jsonl")
     return words
 
 
@@ -208,7 +212,7 @@ PAIRED = [n for n, f in train.LOSSES.items() if train.is_paired(train.signature(
 @pytest.mark.parametrize("loss", [*PAIRED, *train.RECIPES, "dpo + 0.1*sft"])
 def test_every_paired_loss_and_recipe_trains(pairs, tmp_path, loss):
     run(*pair_flags(pairs, tmp_path / "run", loss, steps=3))
-    m, stages = metrics(tmp_path / "run"), train.RECIPES.get(loss, {"flags": {}})["flags"].get("stages", 1)
+    m, stages = metrics(tmp_path / "run"), train.RECIPES.get(loss, {}).get("flags", {}).get("stages", 1)
     assert [x["step"] for x in m] == list(range(3 * stages)) and all(math.isfinite(x["loss"]) and x["grad_norm"] > 0 for x in m)
     assert json.loads((tmp_path / "run" / "eval.json").read_text())["train"]["n"] == 52
 
@@ -353,6 +357,27 @@ def test_every_stage_is_compared_with_the_policy_of_the_one_before(pairs, tmp_pa
     if loss == "spin":                                             # all of stepwise's pairs would be in its only chunk
         stage = load_file(tmp_path / "run" / "stage-1" / "model.safetensors")
         assert largest_difference(stage, weights(one)) == 0
+
+
+def test_segment_sdpo_is_dpo_on_the_agents_turns_of_the_segment_and_on_nothing_else(pairs, tmp_path):
+    run(*pair_flags(pairs, tmp_path / "run", "sdpo_segment", steps=1))
+    records, tokenizer = [json.loads(line) for line in open(pairs / "sessions.jsonl")], data.load_tokenizer()
+    policy, reference = (model.load_policy(pairs / name, dtype=torch.float64) for name in ("moved", "ref"))
+    rows, _ = data.encode(data.read(pairs / "sessions.jsonl")[0], tokenizer, max_len=64)
+    losses = []
+    for i in data.batch_at([p[0].prompt_key for p in rows], 8, seed=3, step=0).rows:
+        margin = 0.0
+        for side, sign in (("chosen", 1), ("rejected", -1)):                              # the history and the turn as text, in the plain template
+            said = [m["content"] for m in records[i][side]]
+            before = f"User:\n{records[i]['prompt'][0]['content']}\n\nAssistant:\n"
+            context = tokenizer.encode(before) + (tokenizer.encode(said[0]) + [256] + tokenizer.encode("\n\nUser:\n?\n\nAssistant:\n") if i % 2 else [])
+            turn = tokenizer.encode(said[2 * (i % 2)]) + [256]
+            ids = torch.tensor(context + turn)
+            for m, of in ((policy, 1), (reference, -1)):
+                logps = m(ids, torch.arange(len(ids)), [len(ids)]).log_softmax(-1)
+                margin += sign * of * logps[torch.arange(len(context) - 1, len(ids) - 1), turn].sum().item()
+        losses.append(math.log1p(math.exp(-0.1 * margin)))
+    assert metrics(tmp_path / "run")[0]["loss"] == pytest.approx(np.mean(losses), abs=1e-10)               # float64 sums in another order
 
 
 def test_each_stage_may_have_a_beta_of_its_own(pairs, tmp_path, monkeypatch):

@@ -595,7 +595,7 @@ def load_policy(folder, *, device="cpu", dtype=torch.float32, lora=0, seed=0, tr
     lm_folder = folder = local_folder(folder, flag, trust_remote_code=trust_remote_code)
     if base := adapter_base(folder, flag):
         lm_folder = local_folder(base, flag, trust_remote_code=trust_remote_code)
-    config, files = read_model_config(lm_folder, flag), weight_files(lm_folder, flag) + weight_files(folder, flag)
+    config, files = read_model_config(lm_folder, flag), weight_files(lm_folder, flag) + (weight_files(folder, flag) if base else [])
     if "nanokto" in config and lora:
         raise SystemExit(f"--lora {lora}: is for Hugging Face models; {folder} holds this project's small GPT, which is trained whole")
     try:

@@ -859,6 +859,12 @@ BAD = {
     "betas": (["--loss", "spin", "--beta", "1,2"], r"--beta: \[1.0, 2.0\] for 4 stages; give one, or one for each"),
     "moving": (["--loss", "tr_dpo", "--ref_mix", "0"], r"--ref_mix 0.0: a share, above 0 and up to 1"),
     "both": (["--overwrite", "--resume"], r"--overwrite and --resume: give one of them"),
+    "adapters of the small GPT": (["--lora", "4"], r"--lora 4: is for Hugging Face models; give --model"),
+    "no adapter to save": (["--save", "adapter"], r"--save adapter: needs --lora RANK"),
+    "judge without prompts": (["--judge", "world", "--data", "ROWS"], r"--judge: needs --eval_data FILE"),
+    "judge that is not there": (["--judge", "nobody.py:f", "--data", "ROWS", "--eval_data", "ROWS"], r"--judge nobody.py:f: no such file"),
+    "turns": (["--turns", "first"], r"--turns: 'first': valid are last, all"),
+    "segments that are not there": (["--loss", "sdpo_segment", "--data", "PAIRS"], r"pairs.jsonl: line 1: .*segment"),
     "not a flag": (["kto"], r"'kto': expected --name value or --name=value"),
     "flag without the file it belongs to": (["--threshold", "1"], r"--threshold: needs --data FILE"),
 }
@@ -869,7 +875,8 @@ def bad_files(tmp_path_factory):
     folder = tmp_path_factory.mktemp("bad")
     row = '{"prompt": "p", "completion": "c", "label": true}\n'
     texts = {"EMPTY": "", "BROKEN": row + '{"prompt": \n', "LABEL": row + row.replace("true", '"yes"'), "FORMAT": '{"question": "", "answer": ""}',
-             "BLANK": row.replace('"c"', '" "'), "ONE": row + row, "BAD": row.replace("true", "false"), "SCORED": '{"prompt": "p", "text": "t", "reward": 1}'}
+             "BLANK": row.replace('"c"', '" "'), "ONE": row + row, "BAD": row.replace("true", "false"), "SCORED": '{"prompt": "p", "text": "t", "reward": 1}',
+             "PAIRS": '{"prompt": "p", "chosen": "c", "rejected": "r"}'}
     names = {}
     for name, text in texts.items():
         names[name] = folder / f"{name.lower()}.jsonl"
@@ -990,6 +997,83 @@ def test_a_hugging_face_model_trains_on_conversations(tmp_path):
     (tmp_path / "talk.json").write_text(json.dumps(records))
     folder = tiny_llama(tmp_path / "llama", [json.dumps(r) for r in records])
     check_llama_run(tmp_path / "run", folder, tmp_path / "talk.json", 40, max_len=128, max_prompt_len=64)
+
+
+@pytest.fixture(scope="module")
+def llama(lab, tmp_path_factory):
+    """A tiny random Llama and flags that train it on the lab's rows."""
+    folder = tiny_llama(tmp_path_factory.mktemp("llama") / "model", open(lab / "rows.jsonl").read().split("\n"))
+    return folder, lambda out, *more, steps=4: ["--model", folder, "--data", lab / "rows.jsonl", "--out", out, "--lr", "1e-2", "--steps", steps,
+                                                "--batch_size", 8, "--seed", 1, "--warmup", 1, "--lora", 4, *more]
+
+
+def linear(folder, name="model.layers.0.self_attn.q_proj.weight"):
+    return load_file(Path(folder) / "model.safetensors")[name].double()
+
+
+def test_an_adapter_alone_is_trained_and_compared_with_the_model_without_it(llama, tmp_path):
+    folder, words = llama
+    run(*words(tmp_path / "run", "--save_every", 2))
+    m = metrics(tmp_path / "run")
+    assert m[0]["loss"] == pytest.approx(0.5, abs=1e-6) and m[0]["logratios/max"] < 1e-5 < 0.1 < m[-1]["logratios/max"]
+    saved = load_file(next((tmp_path / "run" / "checkpoint").iterdir()))
+    assert {k for k in saved if k.startswith("policy.")} == {k for k in saved if "lora_" in k and k.startswith("policy.")}
+    change = linear(tmp_path / "run" / "model") - linear(folder)
+    assert torch.linalg.matrix_rank(change, rtol=1e-4) == 4                  # float32 rounding of the sum is 1e-7 of W, 1e-5 of the change
+
+
+def test_an_adapter_saved_alone_is_the_merged_model_and_may_be_continued_with_itself_in_the_reference(llama, tmp_path, lab):
+    folder, words = llama
+    run(*words(tmp_path / "merged"))
+    run(*words(tmp_path / "alone", "--save", "adapter"))
+    alone, merged = (model.load_policy(tmp_path / name / "model") for name in ("alone", "merged"))
+    assert not (tmp_path / "alone/model/model.safetensors").exists() and largest_difference(dict(alone.named_parameters()), dict(merged.named_parameters())) < 1e-6
+    more = words(tmp_path / "more", "--dtype", "fp64", steps=1)
+    more[1] = tmp_path / "alone" / "model"
+    run(*more)
+    first = metrics(tmp_path / "more")[0]
+    rows, _ = data.encode(data.to_feedback(data.read(lab / "rows.jsonl")[0]), data.load_tokenizer(folder), max_len=512)
+    batch = [rows[i] for i in data.batch_at([r.prompt_key for r in rows], 8, seed=1, step=0).rows]
+    of = lambda path: train.score(model.load_policy(path, dtype=torch.float64), [(r,) for r in batch if r.desirable], train.Config(), torch.device("cpu")).mean()  # noqa: E731
+    assert first["logratios/max"] < 1e-9 and first["logps/chosen"] == pytest.approx(float(of(tmp_path / "alone/model")), abs=1e-6)
+    assert abs(first["logps/chosen"] - float(of(folder))) > 0.1, "the reference would be the bare base"
+
+
+def test_adapters_resume_with_the_same_bytes(llama, tmp_path, monkeypatch):
+    _, words = llama
+    run(*words(tmp_path / "whole", "--save_every", 2))
+    real = train.train_step
+    with monkeypatch.context() as m:
+        m.setattr(train, "train_step", lambda p, r, o, b, *a, **k: real(p, r, o, b, *a, **k) if b.step < 3 else 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            run(*words(tmp_path / "parts", "--save_every", 2))
+    run(*words(tmp_path / "parts", "--save_every", 2, "--resume"))
+    assert (tmp_path / "whole/model/model.safetensors").read_bytes() == (tmp_path / "parts/model/model.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize("loss", ["tdpo2", "spin", "dpo_reference_free", "slic"])
+def test_paired_losses_and_recipes_work_with_adapters(llama, pairs, tmp_path, loss):
+    words = llama[1](tmp_path / "run", "--loss", loss, "--max_len", 64, steps=2)
+    words[words.index("--data") + 1] = pairs / "pairs.jsonl"
+    run(*words)
+    assert all(math.isfinite(m["loss"]) for m in metrics(tmp_path / "run"))
+
+
+@pytest.mark.parametrize("loss", ["kto", "tdpo2"])
+def test_recomputed_activations_change_nothing(llama, pairs, tmp_path, loss):
+    for name, more in (("plain", []), ("checkpointed", ["--checkpoint_activations"])):
+        words = llama[1](tmp_path / name, "--loss", loss, "--dtype", "fp64", *more, steps=2)
+        words[words.index("--data") + 1] = pairs / ("pairs.jsonl" if loss == "tdpo2" else "rows.jsonl")
+        run(*words)
+    assert largest_difference(weights(tmp_path / "plain"), weights(tmp_path / "checkpointed")) < 1e-10
+
+
+def test_a_judge_named_on_the_command_line_compares_both_models_at_the_end(llama, lab, tmp_path, capsys):
+    (tmp_path / "judge.py").write_text("def short(prompts, responses):\n    return [-len(r) for r in responses]\n")
+    run(*llama[1](tmp_path / "run", "--eval_data", lab / "rows.jsonl", "--judge", f"{tmp_path / 'judge.py'}:short", "--max_len", 48, steps=1))
+    result, card = json.loads((tmp_path / "run/eval.json").read_text()), (tmp_path / "run/model/README.md").read_text()
+    assert 0 <= result["win_rate"] <= 1 and result["n"] == 7 and result["judge"].endswith("short") and "win rate against the reference" in card
+    assert str(tmp_path) not in card
 
 
 @needs_shared

@@ -357,7 +357,8 @@ class HFPolicy(nn.Module):
         # width 1911 / 1669, padded in groups of like length 1026 / 1132. So flat rows of 512 tokens are the best of them.
         varlen = "flash" in (lm.config._attn_implementation or "")
         self.token_budget = 8192 if self.flat and varlen else 512 if self.flat and lm.device.type == "cpu" else 2048
-        object.__setattr__(self, "peft", add_lora(lm, lora, seed) if lora else None)           # not a submodule: it holds the same weights as lm
+        self.sft_adapter = None                         # the adapter folder that was merged into the weights on loading
+        object.__setattr__(self, "peft", add_lora(lm, lora, seed) if lora else None)       # no submodule: its weights are lm's
 
     # --- what the model is like: asked once, of the model itself
 
@@ -376,7 +377,8 @@ class HFPolicy(nn.Module):
         ids, _ = self._rows(9)
         other = torch.cat([ids[:7], (ids[7:] + 1) % self.vocab_size])
         if not self._same(self._run(ids[None])[0, :7], self._run(other[None])[0, :7], 1e-5, 0.03):
-            raise SystemExit(f"--model {self.lm.name_or_path}: its tokens see later ones (model_type {self.lm.config.model_type!r}); needed is a causal language model")
+            kind = self.lm.config.model_type
+            raise SystemExit(f"--model {self.lm.name_or_path}: its tokens see later ones (model_type {kind!r}); a causal language model is needed")
 
     @torch.no_grad()
     def _keeps_apart(self):
@@ -505,8 +507,6 @@ class HFPolicy(nn.Module):
         else:
             self.peft.save_pretrained(folder, save_embedding_layers=False)
 
-    sft_adapter = None                                  # the adapter folder that was merged into the weights on loading
-
 
 class AdapterOff:
     """A policy with its adapter switched off, and without gradient; sizes and settings are the policy's own."""
@@ -592,9 +592,15 @@ def load_policy(folder, *, device="cpu", dtype=torch.float32, lora=0, seed=0, tr
     A folder with an adapter is its base with the adapter merged in, so that what is trained next, and its reference, start from
     both. `lora`: rank of a fresh adapter, the only thing then trained, its random half drawn from `seed`. `dtype` is that of the weights.
     """
+<<<<<<< HEAD
     lm_folder = folder = local_folder(folder, flag, trust_remote_code=trust_remote_code)
     if base := adapter_base(folder, flag):
         lm_folder = local_folder(base, flag, trust_remote_code=trust_remote_code)
+=======
+    name, folder = folder, local_folder(folder, flag, trust_remote_code=trust_remote_code)
+    base = adapter_base(folder, flag)
+    lm_folder = local_folder(base, flag, trust_remote_code=trust_remote_code) if base else folder
+>>>>>>> h-model
     config, files = read_model_config(lm_folder, flag), weight_files(lm_folder, flag) + (weight_files(folder, flag) if base else [])
     if "nanokto" in config and lora:
         raise SystemExit(f"--lora {lora}: is for Hugging Face models; {folder} holds this project's small GPT, which is trained whole")
@@ -605,13 +611,14 @@ def load_policy(folder, *, device="cpu", dtype=torch.float32, lora=0, seed=0, tr
             lm = merge_adapter(lm, folder, flag)
     except Exception as e:                                                          # a folder can be broken in a hundred ways
         raise SystemExit(f"--{flag} {folder}: cannot be loaded from {', '.join(f.name for f in files)[:100]}: {' '.join(str(e).split())[:300]}") from None
-    for name, p in (policy or lm).named_parameters():
+    for tensor, p in (policy or lm).named_parameters():
         if p.numel() and not all(x.isfinite() for x in p.detach().aminmax()):       # which pass a NaN on, and allocate nothing
-            raise SystemExit(f"--{flag} {folder}: the weights are broken: NaN or infinity in {name}")
+            raise SystemExit(f"--{flag} {folder}: the weights are broken: NaN or infinity in {tensor}")
     if policy is None:
         policy = HFPolicy(lm, lora=lora, seed=seed)
-        if base:
-            policy.sft_adapter = str(folder)
+        policy.sft_adapter = str(folder) if base else None
+        if lora:                                                # what an adapter's folder will say of its base: a path good from anywhere, or the hub's name
+            policy.peft.active_peft_config.base_model_name_or_path = str(Path(name).resolve() if Path(name).is_dir() else name)
     return policy
 
 
@@ -658,10 +665,7 @@ def add_lora(lm, rank, seed=0):
     config = peft.LoraConfig(task_type="CAUSAL_LM", r=rank, lora_alpha=2 * rank, target_modules="all-linear", lora_dropout=0.0)
     with warnings.catch_warnings(action="ignore"), torch.random.fork_rng(devices=[lm.device] if lm.device.type == "cuda" else []):
         torch.manual_seed(seed)
-        model = peft.get_peft_model(lm, config)
-    if Path(lm.name_or_path).is_dir():                                              # found from anywhere, not just from this directory
-        model.peft_config["default"].base_model_name_or_path = str(Path(lm.name_or_path).resolve())
-    return model
+        return peft.get_peft_model(lm, config)
 
 
 def merge_adapter(lm, folder, flag="model"):

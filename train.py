@@ -576,6 +576,8 @@ def run(argv, held):
     policy = load(cfg.init, cfg, group, lora=cfg.lora, seed=cfg.seed)
     if cfg.checkpoint_activations:
         policy.checkpoint_activations()
+    if cfg.save == "adapter" and policy.sft_adapter:
+        raise SystemExit(f"--save adapter: the new adapter would stand on {named} merged into its base, which no adapter folder can say; save it merged")
     if policy.context < cfg.max_len:
         raise SystemExit(f"--max_len {cfg.max_len}: the model in {cfg.init} has a context of {policy.context} tokens")
     if source.tokenizer.vocab_size > policy.vocab_size:

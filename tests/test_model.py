@@ -857,7 +857,7 @@ def test_a_config_that_is_no_causal_model_is_a_one_line_error(folders, tmp_path,
 def test_a_half_written_file_is_a_one_line_error(folders, tmp_path):
     file = spoiled(folders["llama"], tmp_path / "m", lambda t: None) / "model.safetensors"
     file.write_bytes(file.read_bytes()[:5000])
-    assert "cannot be loaded from model.safetensors" in one_line(load_policy, tmp_path / "m")
+    assert "cannot be loaded from model.safetensors: " in one_line(load_policy, tmp_path / "m")
 
 
 def test_a_missing_shard_is_a_one_line_error(folders, tmp_path):
@@ -877,14 +877,17 @@ def test_code_in_a_model_folder_is_not_run_unless_asked_for(folders, tmp_path):
     assert torch.equal(logits_of(load_policy(tmp_path / "m", trust_remote_code=True)), logits_of(load_policy(folders["llama"])))
 
 
-def test_a_name_that_is_no_folder_is_asked_of_the_hub_and_a_path_never(monkeypatch, folders):
+def test_a_name_that_is_no_folder_is_asked_of_the_hub_and_a_path_never(monkeypatch, folders, tmp_path):
     import huggingface_hub
     asked = []
     monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda name, **how: asked.append(name) or str(folders["llama"]))
     assert torch.equal(logits_of(load_policy("someone/llama")), logits_of(load_policy(folders["llama"]))) and asked == ["someone/llama"]
+    load_policy("someone/llama", lora=2).save(tmp_path, adapter=True)
+    assert json.loads((tmp_path / "adapter_config.json").read_text())["base_model_name_or_path"] == "someone/llama"          # not our cache's folder
+    asked.clear()
     for path in ("/no/such", "./no/such", "out/run/model", "../x"):
         assert f"{Path(path)}: no config.json" in one_line(load_policy, path)
-    assert asked == ["someone/llama"]
+    assert asked == []
 
 
 def test_without_a_network_a_hub_name_is_a_one_line_error(monkeypatch):

@@ -297,7 +297,8 @@ def _alpaca(record, where):
     if not isinstance(record["instruction"], str) or not isinstance(more, str):
         raise SystemExit(f"{where}: instruction and input must be texts")
     query = record["instruction"] + ("\n" + more if more else "")
-    return _turns([{"role": role, "content": text} for h in history for role, text in zip(("user", "assistant"), h)] + [{"role": "user", "content": query}], where)
+    said = [{"role": role, "content": text} for h in history for role, text in zip(("user", "assistant"), h)]
+    return _turns([*said, {"role": "user", "content": query}], where)
 
 
 def _with_system(prompt, record, where):

@@ -188,13 +188,13 @@ def parse(record, where="", *, columns=None, threshold=None, scored="labels"):
         if theirs not in record:
             raise SystemExit(f"{where}: --columns {ours}={theirs}, but the row has {', '.join(record)}")
         record = {**record, ours: record[theirs]}
-    record = {k: v for k, v in record.items() if v is not None}
+    nulls, record = [k for k, v in record.items() if v is None], {k: v for k, v in record.items() if v is not None}
     for theirs, ours in ALIASES.items():
         if theirs in record and ours not in record:
             record = {**record, ours: record[theirs]}
     name = next((n for n, needs in FORMATS.items() if all(k in record for k in needs)), None)
     if name is None:
-        _unknown_format(record, where)
+        _unknown_format(record, nulls, where)
     whole = record.get("truncated") is not True and record.get("finish_reason") != "length"
     if "chosen" in FORMATS[name]:
         return name, [_pair(record, name, where, whole)]
@@ -225,9 +225,11 @@ def parse(record, where="", *, columns=None, threshold=None, scored="labels"):
                   for a, label, score in zip(answers, labels, scores)]
 
 
-def _unknown_format(record, where):
-    near = min(FORMATS.values(), key=lambda needs: (sum(k not in record for k in needs), -len(needs)))
+def _unknown_format(record, nulls, where):
+    near = min(FORMATS.values(), key=lambda needs: (sum(k not in record for k in needs), sum(k not in record and k not in nulls for k in needs)))
     lacks = [k for k in near if k not in record]
+    if set(lacks) <= set(nulls):
+        raise SystemExit(f"{where}: {', '.join(lacks)} is null; the format {' + '.join(near)} needs it")
     hint = f" (nearest: {' + '.join(near)}, without {', '.join(lacks)})" if len(lacks) < len(near) else ""
     raise SystemExit(f"{where}: unknown format with columns {', '.join(k if k.isprintable() else repr(k) for k in record) or '(none)'}{hint}; known: "
                      + "; ".join(" + ".join(needs) for needs in FORMATS.values()))
@@ -295,7 +297,8 @@ def _alpaca(record, where):
     if not isinstance(record["instruction"], str) or not isinstance(more, str):
         raise SystemExit(f"{where}: instruction and input must be texts")
     query = record["instruction"] + ("\n" + more if more else "")
-    return _turns([{"role": role, "content": text} for h in history for role, text in zip(("user", "assistant"), h)] + [{"role": "user", "content": query}], where)
+    said = [{"role": role, "content": text} for h in history for role, text in zip(("user", "assistant"), h)]
+    return _turns([*said, {"role": "user", "content": query}], where)
 
 
 def _with_system(prompt, record, where):
@@ -422,7 +425,7 @@ class Tokenizer:
         ids, owner, before, last, said = [], [], -1, len(turns) - 1, 0
         for piece, i in self._pieces(turns, answer=False):
             mine = i if i >= 0 and turns[i].role == "assistant" else -1
-            closing = piece.index(self.eot) + 1 if i < 0 <= before and self.eot in piece else 0
+            closing = piece.index(self.eot) + 1 if i < 0 and self.eot in piece else 0
             ids, owner, before = ids + piece, owner + [before] * closing + [mine] * (len(piece) - closing), mine
             said = len(ids) if i == last else said
         if not said:
@@ -489,8 +492,7 @@ class Tokenizer:
             splits = [(t[:i], t[i:]) for i in range(1, len(t)) if t[:i] in rank and t[i:] in rank]
             merges += [(spelled[x], spelled[y]) for x, y in sorted(splits, key=lambda xy: (rank[xy[0]], rank[xy[1]]))]
         copy = hf.Tokenizer(hf.models.BPE({spelled[t]: i for t, i in rank.items()}, merges, ignore_merges=True))
-        pattern = hf.Regex(b._pat_str.replace("$", r"\z"))             # there $ would be the end of a line
-        copy.pre_tokenizer = hf.pre_tokenizers.Sequence([hf.pre_tokenizers.Split(pattern, "isolated"),
+        copy.pre_tokenizer = hf.pre_tokenizers.Sequence([hf.pre_tokenizers.Split(hf.Regex(b._pat_str), "isolated"),
                                                          hf.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
         copy.decoder = hf.decoders.ByteLevel()
         copy.add_special_tokens([hf.AddedToken(EOT, normalized=False, special=True)])

@@ -193,6 +193,15 @@ def test_our_tokenizers_are_the_same_in_transformers(kind, tmp_path, request):
         assert copy.prompt_ids(turns) == tokenizer.prompt_ids(turns)
 
 
+def test_a_token_that_no_merge_leads_to_is_still_found_whole_in_transformers(tmp_path):
+    import tiktoken
+    from transformers import AutoTokenizer
+    ranks = {bytes([i]): i for i in range(256)} | {b"abc": 256}
+    tokenizer = data.Tokenizer(tiktoken.Encoding("odd", pat_str=r"\S+|\s", mergeable_ranks=ranks, special_tokens={EOT: 257}))
+    tokenizer.save(tmp_path)
+    assert tokenizer.encode("abc") == data.Tokenizer(AutoTokenizer.from_pretrained(tmp_path)).encode("abc") == [256]
+
+
 def test_a_tokenizer_that_is_not_there_or_broken_is_a_one_line_error(tmp_path, monkeypatch):
     import tiktoken, transformers
 
@@ -338,19 +347,22 @@ BAD_ROWS = [                                                                    
     ({"prompt": "Q", "completion": "A", "reward": True}, "finite number", {"threshold": 1.0}),
     ('{"prompt": "Q", "completion": "A", "reward": NaN}', "finite number", {"threshold": 1.0}),
     ('{"prompt": "Q", "completion": "A", "reward": 1e999}', "finite number", {"threshold": 1.0}),
-    ({"prompt": "Q", "completion": "A", "reward": None}, "without label)", {"threshold": 1.0}),          # null counts as absent
-    ({"prompt": "Q", "completion": "A", "label": None}, "(nearest: prompt + completion + label, without label)", {}),
+    ({"prompt": "Q", "completion": "A", "reward": None}, "line 2: reward is null; the format prompt + completion + reward needs it", {"threshold": 1.0}),
+    ({"prompt": "Q", "completion": "A", "label": None}, "line 2: label is null; the format prompt + completion + label needs it", {}),
     ({"prompt": "Q", "chosen": "A", "rejected": "B", "score_chosen": "2"}, "score_chosen is '2'", {}),
     ({"prompt": 5, "completion": "A", "label": True}, "text or a list of messages", {}),
     ({"prompt": [], "completion": "A", "label": True}, "text or a list of messages", {}),
-    ({"prompt": None, "completion": "A", "label": True}, "(nearest: prompt + completion + label, without prompt)", {}),
-    ({"prompt": "Q", "completion": None, "label": True}, "without completion)", {}),
+    ({"prompt": None, "completion": "A", "label": True}, "line 2: prompt is null", {}),
+    ({"prompt": "Q", "completion": None, "label": True}, "line 2: completion is null", {}),
     ({"prompt": "Q", "completion": 7, "label": True}, "text or a list of messages", {}),
     ({"prompt": "Q", "completion": CHAT, "label": True}, "one assistant message", {}),
     ({"prompt": "Q", "completion": [{"role": "assistant", "content": "A"}, *CHAT], "label": True}, "from the assistant's to the assistant's", {}),
     ({"prompt": "Q", "completion": [*CHAT, {"role": "assistant", "content": "A"}], "label": True}, "from the assistant's to the assistant's", {}),
     ({"prompt": "Q", "chosen": {"role": "user", "content": "A"}, "rejected": "B"}, "one assistant message", {}),
-    ({"prompt": "Q", "chosen": None, "rejected": "B"}, "(nearest: prompt + chosen + rejected, without chosen)", {}),
+    ({"prompt": "Q", "chosen": None, "rejected": "B"}, "line 2: chosen is null; the format prompt + chosen + rejected needs it", {}),
+    ({"prompt": "Q", "rejected": "B"}, "unknown format with columns prompt, rejected (nearest: prompt + chosen + rejected, without chosen)", {}),
+    ({"prompt": "Q", **{k: [{"role": "user", "content": "other"}, {"role": "assistant", "content": k}] for k in ("chosen", "rejected")}},
+     "chosen must be a text, one assistant message", {}),                           # chats, but not of this prompt
     ({"chosen": "Q A", "rejected": "Q B"}, "never guessed from a common beginning", {}),
     *(({"prompt": "Q", "chosen": "A", "rejected": "B", "segment": x}, 'expected {"start": 0, "end": 2}', {})
       for x in ([0, 1], 1, {}, {"start": 0}, {"start": 1, "end": 1}, {"start": 2, "end": 1}, {"start": -1, "end": 1}, {"start": 0, "end": 1.0}, {"start": False, "end": 1})),
@@ -588,7 +600,7 @@ def test_parquet_is_read_like_lines_and_null_cells_are_absent(tmp_path):
     examples, name = read(tmp_path / "f.parquet")
     assert examples == [Feedback(TURNS, "A", True, where=f"{tmp_path / 'f.parquet'}: row {i}") for i in (1, 2)] and name == "prompt, completion, label"
     pq.write_table(pa.Table.from_pylist(rows), tmp_path / "g.parquet")
-    assert f"{tmp_path / 'g.parquet'}: row 2: unknown format with columns prompt, label (nearest: prompt + completion + label, without completion)" in complaint(tmp_path / "g.parquet")
+    assert f"{tmp_path / 'g.parquet'}: row 2: completion is null" in complaint(tmp_path / "g.parquet")
     for n in (0, 3, 100, -1):                                                        # written by half
         (tmp_path / "h.parquet").write_bytes((tmp_path / "f.parquet").read_bytes()[:n])
         assert f"{tmp_path / 'h.parquet'}: no readable parquet file" in complaint(tmp_path / "h.parquet")

@@ -592,15 +592,9 @@ def load_policy(folder, *, device="cpu", dtype=torch.float32, lora=0, seed=0, tr
     A folder with an adapter is its base with the adapter merged in, so that what is trained next, and its reference, start from
     both. `lora`: rank of a fresh adapter, the only thing then trained, its random half drawn from `seed`. `dtype` is that of the weights.
     """
-<<<<<<< HEAD
-    lm_folder = folder = local_folder(folder, flag, trust_remote_code=trust_remote_code)
-    if base := adapter_base(folder, flag):
-        lm_folder = local_folder(base, flag, trust_remote_code=trust_remote_code)
-=======
     name, folder = folder, local_folder(folder, flag, trust_remote_code=trust_remote_code)
     base = adapter_base(folder, flag)
     lm_folder = local_folder(base, flag, trust_remote_code=trust_remote_code) if base else folder
->>>>>>> h-model
     config, files = read_model_config(lm_folder, flag), weight_files(lm_folder, flag) + (weight_files(folder, flag) if base else [])
     if "nanokto" in config and lora:
         raise SystemExit(f"--lora {lora}: is for Hugging Face models; {folder} holds this project's small GPT, which is trained whole")

@@ -573,7 +573,7 @@ def run(argv, held):
         cfg.init, cfg.ref = cfg.init or old["init"], cfg.ref or old["ref"]
     base = cfg.model or (cfg.init if cfg.init and cfg.ref else base_model(cfg, group, source))
     cfg.init, cfg.ref = cfg.init or base, cfg.ref or base
-    policy = load(cfg.init, cfg, group, lora=cfg.lora, seed=cfg.seed)
+    policy = load(named if cfg.init == cfg.model and named else cfg.init, cfg, group, lora=cfg.lora, seed=cfg.seed)          # an adapter names its base
     if cfg.checkpoint_activations:
         policy.checkpoint_activations()
     if cfg.save == "adapter" and policy.sft_adapter:

@@ -162,14 +162,16 @@ def train_step(policy, reference, optimizer, batch, units, task, running, *, upd
     """
     cfg, group, start = task.cfg, task.group, time.perf_counter()
     n = len(batch.rows)
-    shared = measure_shared(policy, reference, batch, units, task, running)
+    mine = list(range(group.rank, n, group.size))                                       # this rank's share of the global batch
+    parts = micro_batches(mine, batch, units, cfg, policy.token_budget)
+    ahead = both_logps(policy, batch, mine, units, cfg, group.device) if task.needs_partners and policy.shares_prompts and len(parts) == 1 else None
+    shared = measure_shared(policy, reference, batch, units, task, running, ahead and ahead[1])
     ref_logps = reference.matched(batch) if task.needs_reference else None
     table = torch.zeros(2 + len(units[0]), n, dtype=torch.float64)                      # loss, tokens, log pi of each response
-    mine = list(range(group.rank, n, group.size))                                       # this rank's share of the global batch
     extra = full_vocabulary(task.wants, reference, cfg, group.device)
-    for part in micro_batches(mine, batch, units, cfg, policy.token_budget):
+    for part in parts:
         some = [units[batch.rows[i]] for i in part]
-        logps, tokens = logps_of(policy, some, cfg, group.device, extra)
+        logps, tokens = ahead[0] if ahead else logps_of(policy, some, cfg, group.device, extra)
         logps, extras = (logps, None) if extra is None else (logps[0], logps[1:])
 
         def to(x):                                                                      # cast first: Apple's GPUs have no float64
@@ -243,16 +245,29 @@ def make_optimizer(policy, cfg):
 # --- measuring: which numbers a loss gets, and what they are compared with --------------------------------------------
 
 def logps_of(policy, units, cfg, device, extra=None):
-    """(log pi of each response (b, S), tokens in the forward): the masked sums that every loss is made of.
+    """(log pi of each response (b, S), tokens of all rows, shared prompts counted as often as they are used): the masked sums that every loss is made of.
 
     A unit is what one example of the loss consists of: (row,), or (chosen, rejected). S is its size. With `extra`, a function
-    of the flat row that measures more per position, the sums of those too: (1 + k, b, S).
+    of the rows that measures more per position, the sums of those too: (1 + k, b, S).
     """
-    flat = data.flatten([row for unit in units for row in unit], device)
+    rows = [row for unit in units for row in unit]
+    flat = data.flatten(rows, device, policy.shares_prompts)
     with precision(cfg, device):
-        values = policy(flat.ids, flat.positions, flat.lengths, flat.predict, flat.targets, extra and extra(flat))
+        values = policy(flat.ids, flat.positions, flat.lengths, flat.predict, flat.targets, extra and extra(rows))
     sums = flat.sums(values) if extra is None else torch.stack([flat.sums(v) for v in values])
-    return sums.unflatten(-1, (len(units), -1)), len(flat.ids)
+    return sums.unflatten(-1, (len(units), -1)), sum(len(row.ids) for row in rows)
+
+
+def both_logps(policy, batch, mine, units, cfg, device):
+    """(what logps_of says of this rank's examples, log pi(y'|x) of their mismatched pairs without gradient): x is computed once for both.
+
+    Only where these are all the rank's examples: of several micro-batches the first could not go backward before z0 is known from all.
+    """
+    rows, pairs = [units[batch.rows[i]][0] for i in mine], [u[0] for u in mismatched_units(units, batch, cfg)]
+    flat, other = data.flatten(rows, device), data.flatten([pairs[i] for i in mine], device)
+    with precision(cfg, device):
+        logps, kl_logps = policy.forward_beside(flat, other, [r.n_prompt for r in rows])
+    return (flat.sums(logps)[:, None], len(flat.ids)), other.sums(kl_logps)[:, None].cpu().double()
 
 
 def precision(cfg, device):
@@ -266,10 +281,10 @@ def score(policy, units, cfg, device):
     return torch.cat(parts) if parts else torch.zeros(0, 1, dtype=torch.float64)
 
 
-def score_over_ranks(policy, units, cfg, group):
-    """The same for one global batch, each rank scoring its share; the whole table on every rank.   -> (B, S)"""
+def score_over_ranks(policy, units, cfg, group, mine=None):
+    """The same for one global batch, each rank scoring its share (`mine`: it has, already); the whole table on every rank.   -> (B, S)"""
     table = torch.zeros(len(units), len(units[0]), dtype=torch.float64)
-    table[group.rank::group.size] = score(policy, units[group.rank::group.size], cfg, group.device)
+    table[group.rank::group.size] = score(policy, units[group.rank::group.size], cfg, group.device) if mine is None else mine
     return group.sum(table)
 
 
@@ -379,8 +394,11 @@ def on_policy_units(policy, rows, task, seed):
     return [(data.make_row(p, r),) for p, r in zip(prompts, responses)]
 
 
-def measure_shared(policy, reference, batch, units, task, running):
-    """What must be known of the WHOLE global batch before the first backward, by name; no gradient, equal on every rank."""
+def measure_shared(policy, reference, batch, units, task, running, kl_logps=None):
+    """What must be known of the WHOLE global batch before the first backward, by name; no gradient, equal on every rank.
+
+    kl_logps: this rank's part of log pi(y'|x), where that is known already.
+    """
     cfg, group, wants, shared = task.cfg, task.group, set(task.wants), {}
     if "kl_logratios" in wants and task.z0 == "on_policy":                # E_{y ~ pi} log pi / pi_ref, one sample per prompt: unbiased
         own = on_policy_units(policy, [units[i][0] for i in batch.rows], task, seed=[cfg.seed, batch.step])
@@ -388,7 +406,7 @@ def measure_shared(policy, reference, batch, units, task, running):
     elif "kl_logratios" in wants and task.z0 != "estimate":
         shared["kl_logratios"] = torch.tensor([] if task.z0 == "zero" else [task.z0], dtype=torch.float64)
     elif {"kl_logratios", "entropy"} & wants:
-        kl_logps = score_over_ranks(policy, mismatched_units(units, batch, cfg), cfg, group)[:, 0]
+        kl_logps = score_over_ranks(policy, mismatched_units(units, batch, cfg), cfg, group, kl_logps)[:, 0]
         if "kl_logratios" in wants:
             shared["kl_logratios"] = kl_logps - reference.mismatched(batch)
         if "entropy" in wants:
@@ -432,7 +450,7 @@ def measure(logps, ref_logps, units, extras=None):
 
 
 def full_vocabulary(wants, reference, cfg, device):
-    """The `extra` of logps_of for losses that look at whole next-token distributions, or None.   -> flat -> (logits, y, rows) -> (2, m)
+    """The `extra` of logps_of for losses that look at whole next-token distributions, or None.   -> rows -> (logits, y, slice) -> (2, m)
 
     Chunk by chunk: the reference's hidden states are kept, never its logits, so no two (M, V) tensors are ever alive.
     """
@@ -440,14 +458,15 @@ def full_vocabulary(wants, reference, cfg, device):
     if not kl and not weight:
         return None
 
-    def of(flat):
-        if kl:
+    def of(rows):
+        if kl:                                                # its own flat row: it may be a model that shares no prompts where the policy does
+            flat = data.flatten(rows, device, reference.live.shares_prompts)
             with torch.no_grad(), precision(cfg, device):
                 hidden = reference.live.hidden(flat.ids, flat.positions, flat.lengths, flat.predict)
 
-        def extra(logits, targets, rows):
+        def extra(logits, targets, part):
             zeros = torch.zeros(len(targets), device=device)
-            return torch.stack([model.position_kl(reference.live.head(hidden[rows]), logits) if kl else zeros,
+            return torch.stack([model.position_kl(reference.live.head(hidden[part]), logits) if kl else zeros,
                                 model.position_confidence(logits, targets) if weight else zeros])
         return extra
 

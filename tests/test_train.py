@@ -225,6 +225,27 @@ def test_pairs_give_the_same_step_for_any_micro_batch(pairs, tmp_path, loss):
         assert largest_difference(weights(tmp_path / "0"), weights(tmp_path / str(micro))) < 1e-10                    # as for kto
 
 
+@pytest.mark.parametrize("loss", ["dpo", "tdpo2", "wpo", "ld_dpo", "slic"])
+def test_a_shared_prompt_changes_no_step(pairs, tmp_path, monkeypatch, loss):
+    more = ["--slic_target", "chosen"] if loss == "slic" else []
+    run(*pair_flags(pairs, tmp_path / "shared", loss, *more))
+    monkeypatch.setattr(model.GPT, "shares_prompts", False)
+    run(*pair_flags(pairs, tmp_path / "plain", loss, *more))
+    assert 0 < largest_difference(weights(tmp_path / "plain"), weights(tmp_path / "shared")) < 1e-10                 # 0: nothing was shared
+
+
+@pytest.mark.parametrize("loss", ["kto", "kto_uniform"])
+def test_a_prompt_shared_with_the_mismatched_response_changes_no_step(lab, tmp_path, monkeypatch, loss):
+    beside, calls = model.GPT.forward_beside, []
+    monkeypatch.setattr(model.GPT, "forward_beside", lambda *a: calls.append(1) or beside(*a))
+    run(*flags(lab, tmp_path / "shared", loss=loss, steps=8))
+    monkeypatch.setattr(model.GPT, "shares_prompts", False)
+    run(*flags(lab, tmp_path / "plain", loss=loss, steps=8))
+    assert len(calls) == 8 and largest_difference(weights(tmp_path / "plain"), weights(tmp_path / "shared")) < 1e-10
+    for a, b in zip(metrics(tmp_path / "plain"), metrics(tmp_path / "shared")):
+        assert a["loss"] == pytest.approx(b["loss"], abs=1e-12) and a.get("z0_raw") == pytest.approx(b.get("z0_raw"), abs=1e-12)
+
+
 def test_pairs_on_two_processes_are_pairs_on_one(pairs, tmp_path):
     """beta-DPO: its running mean and its one beta per batch are over the global batch."""
     run(*pair_flags(pairs, tmp_path / "one", "beta_dpo"))

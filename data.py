@@ -719,7 +719,7 @@ class Flat(NamedTuple):
 
 def flatten(rows, device="cpu", share=False):
     """Rows end to end. share: consecutive rows with one prompt become [x][y_1][y_2]...; the prompt is there, and computed, once."""
-    lengths, parts, at = [], [], 0
+    lengths, parts, at, prompt_end = [], [], 0, 0
     for i, r in enumerate(rows):
         cut = r.n_prompt if share and i and may_share(rows[i - 1], r) else 0
         n = len(r.ids) - cut

@@ -573,6 +573,6 @@ SETTINGS = {  # defaults per loss; the command line comes before, the loss's own
         "aot": dict(beta=2.0), "aot_unpaired": dict(beta=2.0), "slic": dict(delta=5.0, lam=0.2), "dpop": dict(beta=0.5, lam=0.5)}.items()},
     "spin": dict(lr=5e-4, steps=80, batch_size=16, beta=1.0, stages=4),              # of each stage; beta < 1/2 overshoots (its fixed points)
     "sdpo_stepwise": dict(lr=5e-4, steps=200, batch_size=16, beta=1.0, stages=2),    # two steps of beta are one of beta / 2
-    "sdpo_segment": dict(lr=5e-4, steps=200, batch_size=16, beta=0.5),
+    "sdpo_segment": dict(lr=5e-4, steps=100, batch_size=16, beta=2.0),               # good against bad replies, no noise: more steps, more KL
     "tr_dpo": dict(beta=2.0, ref_every=100),                                                   # and DPO's; 512 would be never in 400 steps
 }

@@ -292,6 +292,212 @@ def test_repeated_updates_end_at_the_closed_form_optimum():
     close(t.now().sum(1).exp().detach(), wanted, 1e-6)
 
 
+# --- the acting half: rollouts, splits, reward models, rewards --------------------------------------------------------
+
+TOY = dict(vocab_size=257, context=24, n_layer=2, n_head=2, d_model=16)
+
+
+def toy(seed=0, dtype=F64, scale=0.3):
+    """A small GPT over bytes whose every parameter matters."""
+    torch.manual_seed(seed)
+    net = model.GPT(model.GPTConfig(**TOY)).double()
+    with torch.no_grad():
+        for name, p in net.named_parameters():
+            p.copy_(torch.randn_like(p) * scale + ("ln_" in name and name.endswith("weight")))
+    return net.to(dtype)
+
+
+def toy_critic(kind=None, seed=5, dtype=F64):
+    scorer = (kind or ppo.Critic)(toy(seed, dtype))
+    with torch.no_grad():
+        scorer.score.weight.copy_(noise(1, TOY["d_model"], seed=seed))
+    return scorer
+
+
+BYTES = data.load_tokenizer()
+PROMPTS = [BYTES.encode(p) for p in ("ab", "c", "hello", "ab", "xyz", "q?")]
+
+
+def vowels(prompts, responses):
+    return [sum(c in "aeiou" for c in r) - 0.1 * len(r) + len(p) for p, r in zip(prompts, responses)]
+
+
+def toy_rollouts(policy=None, reward=vowels, dtype=F64, **how):
+    policy = policy or toy(dtype=dtype)
+    return ppo.rollouts(policy, toy_critic(dtype=dtype), toy(1, dtype), PROMPTS, reward, BYTES, **{"max_len": 12, "seed": [0, 3], "kl_coef": 0.3, "lam": 0.9, **how})
+
+
+def test_rollouts_measure_what_separate_forwards_measure():
+    policy, critic, reference, e = toy(), toy_critic(), toy(1), toy_rollouts()
+    assert [r.ids[:r.n_prompt].tolist() for r in e.rows] == PROMPTS
+    for i, row in enumerate(e.rows):
+        ids, n, T = torch.tensor(row.ids.astype(np.int64)), row.n_prompt, len(row.response)
+        assert int(e.mask[i].sum()) == T and e.mask[i, :T].all()
+        for m, table in ((policy, e.old_token_logps), (reference, e.ref_token_logps)):
+            logits = m(ids, torch.arange(len(ids)), [len(ids)])
+            close(table[i, :T], logits.log_softmax(-1)[torch.arange(n - 1, len(ids) - 1), ids[n:]].detach(), 1e-10)
+        hidden = critic.trunk.hidden(ids, torch.arange(len(ids)), [len(ids)], slice(None))
+        close(e.old_values[i, :T], critic.score(hidden)[n - 1:-1, 0].detach(), 1e-10)                   # V of the state BEFORE the token
+    texts = [[BYTES.text(r.ids[:r.n_prompt]) for r in e.rows], [BYTES.text(r.response) for r in e.rows]]
+    close(e.scores, torch.tensor(vowels(*texts), dtype=F64))
+    rewards = ppo.token_rewards(e.scores, e.old_token_logps, e.ref_token_logps, e.mask, kl_coef=0.3)
+    advantages, returns = ppo.gae(rewards, e.old_values, e.mask, lam=0.9)
+    close(e.returns, returns)
+    close(e.advantages, ppo.whiten(advantages, e.mask))
+    close(torch.tensor(e.stats["kl/k1"], dtype=F64), ((e.old_token_logps - e.ref_token_logps) * e.mask).sum() / 6)
+
+
+def test_rollouts_depend_on_seed_step_and_row_alone_and_repeat():
+    a, b, other_step = toy_rollouts(), toy_rollouts(), toy_rollouts(seed=[0, 4])
+    assert all(np.array_equal(x.ids, y.ids) for x, y in zip(a.rows, b.rows)) and torch.equal(a.advantages, b.advantages)
+    assert any(not np.array_equal(x.ids, y.ids) for x, y in zip(a.rows, other_step.rows))
+    assert not np.array_equal(a.rows[0].ids, a.rows[3].ids)                                             # one prompt, two rows, two samples
+
+
+@pytest.mark.parametrize("size", [2, 4, 8])
+def test_ranks_that_share_the_work_hold_the_experience_of_one_process(size):
+    """`combine` adds the ranks' tables: run every rank once to collect its parts, then once more with the sums."""
+    parts, whole = {}, toy_rollouts()
+    for rank in range(size):
+        calls = iter(range(9))
+        toy_rollouts(rank=rank, size=size, combine=lambda t: parts.setdefault(next(calls), []).append(t.clone()) or t)
+    calls = iter(range(9))
+    e = toy_rollouts(rank=size - 1, size=size, combine=lambda t: sum(parts[next(calls)]))
+    assert all(np.array_equal(x.ids, y.ids) for x, y in zip(e.rows, whole.rows))
+    for name in ("scores", "old_token_logps", "ref_token_logps", "old_values", "advantages", "returns"):
+        close(getattr(e, name), getattr(whole, name), 1e-12)
+
+
+def test_the_first_update_starts_at_ratio_1_and_any_micro_batch_gives_the_same_step():
+    ends = []
+    for micro in (0, 1, 2, 5):
+        policy, critic = toy(), toy_critic()
+        e = toy_rollouts(policy)
+        measured = ppo.measure(ppo.ActorCritic(policy, critic), e, [2, 0, 5], "cpu")
+        close(measured["token_logps"].detach(), measured["old_token_logps"], 1e-12)
+        close(measured["values"].detach(), measured["old_values"], 1e-12)
+        both = ppo.ActorCritic(policy, critic)
+        optimizer = torch.optim.SGD(both.parameters(), lr=0.1)
+        for minibatch in ppo.updates(6, epochs=2, minibatches=2, seed=[0, 3]):
+            norm, stats = update(both, optimizer, e, minibatch, Run(micro=micro, clip=0.05))
+        ends.append(torch.cat([torch.tensor([norm], dtype=F64), stats, *(p.detach().flatten() for p in both.parameters())]))
+    for end in ends[1:]:
+        close(end, ends[0], 1e-11)
+    assert 0 < ends[0][2] < ends[0][1] and ends[0][3] > 0                                                # some clipped, some moved
+
+
+def test_an_epoch_of_updates_sees_every_row_once_in_an_order_of_its_own():
+    parts = list(ppo.updates(10, epochs=3, minibatches=4, seed=[1, 2]))
+    epochs = [sum(parts[i:i + 4], []) for i in range(0, 12, 4)]
+    assert all(sorted(e) == list(range(10)) for e in epochs) and epochs[0] != epochs[1] != epochs[2]
+    assert parts == list(ppo.updates(10, epochs=3, minibatches=4, seed=[1, 2]))
+    assert list(map(len, ppo.updates(3, epochs=1, minibatches=8))) == [1, 1, 1]
+
+
+def test_update_stats_count_the_tokens_whose_slope_is_gone():
+    lp = torch.tensor([0.5, 0.5, -0.5, -0.5, 0.1], dtype=F64, requires_grad=True)
+    a = torch.tensor([1.0, -1.0, 1.0, -1.0, 1.0], dtype=F64)
+    measured = dict(token_logps=lp, old_token_logps=torch.zeros(5, dtype=F64), advantages=a, mask=torch.ones(5))
+    gradient, = torch.autograd.grad(ppo.ppo_loss(**measured), lp)
+    tokens, clipped, k3 = ppo.update_stats(measured)
+    assert tokens == 5 and clipped == int((gradient == 0).sum()) == 2
+    close(k3, (lp.exp() - 1 - lp).sum().detach())                                                      # KL(pi_old || pi), samples of pi_old
+
+
+def test_float32_rollouts_rarely_flip_a_token_against_float64():
+    narrow, wide = toy_rollouts(dtype=torch.float32), toy_rollouts()
+    same = [np.array_equal(x.ids, y.ids) for x, y in zip(narrow.rows, wide.rows)]
+    assert sum(same) >= 5                                                                              # a rounding at a border of the cdf: about 1e-6 per token
+
+
+def test_a_new_critic_expects_nothing_and_a_new_reward_model_starts_at_log_2(tmp_path):
+    toy(dtype=torch.float32).save(tmp_path)
+    for kind in (ppo.Critic, ppo.RewardModel):
+        scorer = kind.load(tmp_path, new=True)
+        flat = data.flatten([data.make_row([1, 2], [3, 4, 5])])
+        assert (scorer(*flat[:4]) == 0).all()
+    close(ppo.reward_model_loss(torch.zeros(1), torch.zeros(1)), torch.tensor([math.log(2)]), 1e-6)
+    with pytest.raises(SystemExit, match="without a reward head"):
+        ppo.RewardModel.load(tmp_path)
+
+
+def test_a_reward_model_reads_the_last_token_and_loads_as_it_was_saved(tmp_path):
+    reward_model = toy_critic(ppo.RewardModel, dtype=torch.float32)
+    rows = [data.make_row([1, 2], [3, 4, 5]), data.make_row([9], [8, 256]), data.make_row([1, 2], [3, 4, 6])]
+    rewards = ppo.rewards_of(reward_model, rows)
+    for row, r in zip(rows, rewards):
+        ids = torch.tensor(row.ids.astype(np.int64))
+        close(reward_model.score(reward_model.trunk.hidden(ids, torch.arange(len(ids)), [len(ids)], [-1]))[0, 0].detach().double(), r, 1e-5)
+    assert rewards[0] != rewards[2]                                                                    # it did see the last token
+    reward_model.save(tmp_path, eot=256)
+    close(ppo.rewards_of(ppo.RewardModel.load(tmp_path), rows), rewards, 0)
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "llama"])
+def test_a_hugging_face_reward_model_is_a_sequence_classifier_for_transformers(tmp_path, kind):
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
+    torch.manual_seed(0)
+    shape = dict(gpt2=dict(n_embd=16, n_layer=2, n_head=2, n_positions=32, bos_token_id=5, eos_token_id=5),
+                 llama=dict(hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=2,
+                            max_position_embeddings=32, eos_token_id=5, pad_token_id=5))[kind]
+    AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, vocab_size=61, **shape)).save_pretrained(tmp_path / "lm")
+    with pytest.raises(SystemExit, match="without a reward head"):
+        ppo.RewardModel.load(tmp_path / "lm")
+    reward_model = ppo.RewardModel.load(tmp_path / "lm", new=True)
+    rows = [data.make_row([1, 2], [3, 4, 5]), data.make_row([9], [8, 5]), data.make_row([1, 2, 3], [7, 7, 7, 5])]
+    assert reward_model.flat and (ppo.rewards_of(reward_model, rows) == 0).all()
+    reward_model.trunk.lm.classifier.score.weight.data.normal_()
+    rewards = ppo.rewards_of(reward_model, rows)
+    reward_model.save(tmp_path / "rm")
+    theirs = AutoModelForSequenceClassification.from_pretrained(tmp_path / "rm").eval()
+    with torch.no_grad():
+        for row, r in zip(rows, rewards):                                                              # one at a time: no pads, the last token counts
+            close(theirs(torch.tensor(row.ids.astype(np.int64))[None]).logits[0, 0].double(), r, 1e-5)
+    close(ppo.rewards_of(ppo.RewardModel.load(tmp_path / "rm"), rows), rewards, 1e-6)
+    reward_model.trunk.flat = False                                                                    # the padded way gives the same
+    close(ppo.rewards_of(reward_model, rows), rewards, 1e-5)
+
+
+REWARD_FILE = """
+def good(prompts, responses): return [float(len(r)) for r in responses]
+def short(prompts, responses): return [1.0]
+def nan(prompts, responses): return [float("nan")] * len(responses)
+def text(prompts, responses): return ["good"] * len(responses)
+def raises(prompts, responses): raise KeyError("no such\\nprompt")
+none = 3
+"""
+
+
+def test_rewards_come_from_the_world_a_folder_or_a_function_and_bad_ones_say_what_is_wrong(tmp_path):
+    file = tmp_path / "mine.py"
+    file.write_text(REWARD_FILE)
+    rows = [data.make_row(BYTES.encode("hi"), BYTES.encode(r) + [BYTES.eot]) for r in ("yes", "no, never")]
+    assert ppo.ask(ppo.load_reward(f"{file}:good", BYTES), rows, BYTES).tolist() == [3.0, 9.0]
+    for name, said in (("short", "returned 1 numbers for 2"), ("nan", "returned nan for the response 'yes'"), ("text", "raised ValueError"),
+                       ("raises", "raised KeyError: 'no such")):
+        with pytest.raises(SystemExit, match=said) as e:
+            ppo.ask(ppo.load_reward(f"{file}:{name}", BYTES), rows, BYTES)
+        assert "\n" not in str(e.value)
+    (tmp_path / "broken.py").write_text("import nothing_of_this_name")
+    for spec in (f"{file}:none", f"{file}:absent", str(file), "wrold", str(tmp_path / "no.py:f"), f"{tmp_path / 'broken.py'}:f", str(tmp_path)):
+        with pytest.raises(SystemExit, match="--reward"):
+            ppo.load_reward(spec, BYTES)
+    prompt = world.eval_prompts("train", 1)[0]
+    assert ppo.load_reward("world", None)([prompt], ["Happy to help."]) == [world.utility(prompt, "Happy to help.")]
+
+
+def test_a_reward_model_is_a_reward_on_rows_and_on_texts_but_not_for_another_tokenizer(tmp_path):
+    reward_model = toy_critic(ppo.RewardModel, dtype=torch.float32)
+    reward_model.save(tmp_path, eot=256)
+    BYTES.save(tmp_path)
+    reward = ppo.load_reward(str(tmp_path), BYTES)
+    rows = [data.make_row(BYTES.encode("hi"), BYTES.encode(r) + [BYTES.eot]) for r in ("yes", "no")]
+    close(torch.tensor(reward(["hi", "hi"], ["yes", "no"])), torch.tensor(reward.of_rows(rows)))
+    close(ppo.ask(reward, rows, BYTES), ppo.rewards_of(reward_model, rows))
+    with pytest.raises(SystemExit, match="its tokenizer is not the policy's"):
+        ppo.load_reward(str(tmp_path), data.Tokenizer(world.tokenizer()))
+
+
 # --- a small driver in the style of train.py's loop -------------------------------------------------------------------
 
 @dataclass
@@ -370,11 +576,11 @@ def ppo_on_the_world(base, run, reward="world", log=None, n=480, part="report"):
     policy, reference = (model.load_policy(base) for _ in range(2))
     critic = ppo.Critic.load(base, new=True)
     reference.requires_grad_(False)
-    clock = time.perf_counter()
+    clock, cpu = time.perf_counter(), time.process_time()
     history = train_ppo(policy, critic, reference, tokenizer, ppo.load_reward(reward, tokenizer), run, log)
-    seconds = time.perf_counter() - clock
+    seconds, cpu = time.perf_counter() - clock, time.process_time() - cpu
     r = evaluate.evaluate_world(policy, reference, tokenizer, seed=run.seed, n=n, part=part)
-    return {k: r[k] for k in ("kl", "reward", "reward_ci95", "reward_ref", "malformed", "win_rate")} | {"optimum": r["optimum_at_same_kl"]["reward"], "seconds": seconds}, history, policy
+    return {k: r[k] for k in ("kl", "reward", "reward_ci95", "reward_ref", "malformed", "win_rate")} | {"optimum": r["optimum_at_same_kl"]["reward"], "seconds": seconds, "cpu_seconds": cpu}, history, policy
 
 
 if __name__ == "__main__":                # python tests/test_ppo.py BASE name=value ...: one run, its settings and result as a line of JSON

@@ -232,7 +232,11 @@ class Scorer(nn.Module):
         has_head = any("SequenceClassification" in a for a in config.get("architectures") or [])
         if not has_head and not new:
             raise SystemExit(headless)
-        return cls(model.HFPolicy(_PerToken(folder, dtype, has_head, flag).to(device)))
+        trunk = model.HFPolicy(_PerToken(folder, dtype, flag).to(device))
+        trunk.lm.probed = True
+        if not has_head:
+            nn.init.zeros_(trunk.lm.classifier.score.weight)
+        return cls(trunk)
 
 
 class Critic(Scorer):
@@ -250,7 +254,9 @@ class _PerToken(nn.Module):
     Its own pooling looks for pads, and finds one in every end-of-text where both have the same id; so that pad id is taken away.
     """
 
-    def __init__(self, folder, dtype, has_head, flag):
+    probed = False                     # HFPolicy's probe sees hidden states: of a head of zeros it could not tell whether sequences see each other
+
+    def __init__(self, folder, dtype, flag):
         super().__init__()
         from transformers import AutoModelForSequenceClassification
         from transformers.utils import logging
@@ -264,16 +270,14 @@ class _PerToken(nn.Module):
             raise SystemExit(f"--{flag} {folder}: {type(self.classifier).__name__} keeps its head elsewhere than in `score`; not supported")
         if c.pad_token_id == c.eos_token_id:
             c.pad_token_id = None
-        if not has_head:
-            nn.init.zeros_(self.classifier.score.weight)
 
     @property
     def device(self):
         return self.classifier.device
 
-    def forward(self, *, logits_to_keep=slice(None), input_ids=None, **how):
-        hidden = self.classifier.base_model(input_ids=input_ids, **how)[0]
-        return SimpleNamespace(logits=self.classifier.score(hidden[:, logits_to_keep]))
+    def forward(self, input_ids, logits_to_keep=slice(None), **how):
+        hidden = self.classifier.base_model(input_ids=input_ids, **how)[0][:, logits_to_keep]
+        return SimpleNamespace(logits=self.classifier.score(hidden) if self.probed else hidden)
 
 
 def last_token(row):

@@ -340,7 +340,8 @@ def ask(reward, rows, tokenizer, flag="reward"):
     if hasattr(reward, "of_rows"):
         return torch.tensor(reward.of_rows(rows), dtype=torch.float64)
     name = getattr(reward, "__name__", "the reward function")
-    prompts, responses = [tokenizer.text(r.ids[:r.n_prompt]) for r in rows], [tokenizer.text(r.response) for r in rows]
+    bos = lambda r: len(tokenizer.bos) if r.ids[:len(tokenizer.bos)].tolist() == tokenizer.bos else 0           # noqa: E731
+    prompts, responses = [tokenizer.text(r.ids[bos(r):r.n_prompt]) for r in rows], [tokenizer.text(r.response) for r in rows]
     try:
         scores = torch.tensor([float(s) for s in reward(prompts, responses)], dtype=torch.float64)
     except Exception as e:

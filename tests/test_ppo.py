@@ -505,7 +505,6 @@ class Run:
     steps: int = 60                       # rollouts; each is followed by epochs * minibatches optimiser steps
     batch_size: int = 256
     lr: float = 1e-3
-    critic_lr: float = 2e-3
     warmup: int = 5
     epochs: int = 2
     minibatches: int = 4
@@ -530,14 +529,14 @@ def world_prompts(tokenizer, n, seed):
 def train_ppo(policy, critic, reference, tokenizer, reward, run, log=None):
     """What train.py does with ppo.py. -> list of metrics per step"""
     both, history = ppo.ActorCritic(policy, critic), []
-    optimizer = torch.optim.AdamW([{"params": policy.parameters(), "peak": run.lr}, {"params": critic.parameters(), "peak": run.critic_lr}], betas=(0.9, 0.95), weight_decay=0.0)
+    optimizer = torch.optim.AdamW(both.parameters(), betas=(0.9, 0.95), weight_decay=0.0)
     prompts = world_prompts(tokenizer, 288, run.seed)
     keys = list(map(tuple, prompts))
     for step in range(run.steps):
         clock = time.perf_counter()
         done = (step - run.warmup) / max(1, run.steps - run.warmup)
         for g in optimizer.param_groups:
-            g["lr"] = g["peak"] * ((step + 1) / run.warmup if step < run.warmup else 0.55 + 0.45 * math.cos(math.pi * done))
+            g["lr"] = run.lr * ((step + 1) / run.warmup if step < run.warmup else 0.55 + 0.45 * math.cos(math.pi * done))
         some = [prompts[i % len(prompts)] for i in np.random.default_rng([run.seed, step]).integers(len(keys), size=run.batch_size)]
         experience = ppo.rollouts(policy, critic, reference, some, reward, tokenizer, max_len=run.max_len, seed=[run.seed, step],
                                   kl_coef=run.kl_coef, gamma=run.gamma, lam=run.lam)

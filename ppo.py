@@ -170,17 +170,17 @@ def offline_ppo_loss(logratios, desirable, *, clip=0.5, kl_coef=0.1):
 # ======================================================================================================================
 # So far torch alone. From here on things act: models score and write, rewards are asked for.
 
-import importlib.util                                                                                           # noqa: E402
-from dataclasses import dataclass, field, replace                                                               # noqa: E402
-from pathlib import Path                                                                                        # noqa: E402
-from types import SimpleNamespace                                                                               # noqa: E402
+import importlib.util
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from types import SimpleNamespace
 
-import numpy as np                                                                                              # noqa: E402
-import torch.nn as nn                                                                                           # noqa: E402
-from safetensors.torch import load_file, save_file                                                              # noqa: E402
+import numpy as np
+import torch.nn as nn
+from safetensors.torch import load_file, save_file
 
-import model                                                                                                    # noqa: E402
-from data import flatten, load_tokenizer, make_row, token_batches                                               # noqa: E402
+import model
+from data import flatten, load_tokenizer, make_row, token_batches
 
 
 # --- one number per state: critic and reward model --------------------------------------------------------------------
@@ -262,7 +262,8 @@ class _PerToken(nn.Module):
         from transformers.utils import logging
         logging.disable_progress_bar()
         try:
-            self.classifier = AutoModelForSequenceClassification.from_pretrained(folder, num_labels=1, dtype=dtype, use_safetensors=True, local_files_only=True)
+            self.classifier = AutoModelForSequenceClassification.from_pretrained(
+                folder, num_labels=1, dtype=dtype, use_safetensors=True, local_files_only=True)
         except (OSError, ValueError, RuntimeError) as e:
             raise SystemExit(f"--{flag} {folder}: cannot be loaded as a reward model with one score: {' '.join(str(e).split())[:300]}") from None
         self.config = c = self.classifier.config
@@ -337,11 +338,12 @@ class ModelReward:
 
 def ask(reward, rows, tokenizer, flag="reward"):
     """The reward of each row's response.   -> float64 (B,)   SystemExit with one line where the function does not do what it should"""
-    if hasattr(reward, "of_rows"):
-        return torch.tensor(reward.of_rows(rows), dtype=torch.float64)
-    name = getattr(reward, "__name__", "the reward function")
-    bos = lambda r: len(tokenizer.bos) if r.ids[:len(tokenizer.bos)].tolist() == tokenizer.bos else 0           # noqa: E731
-    prompts, responses = [tokenizer.text(r.ids[bos(r):r.n_prompt]) for r in rows], [tokenizer.text(r.response) for r in rows]
+    if hasattr(reward, "of_rows") or not rows:
+        return torch.tensor(reward.of_rows(rows) if rows else [], dtype=torch.float64)
+    name, bos = getattr(reward, "__name__", "the reward function"), tokenizer.bos
+    prompts = [r.ids[:r.n_prompt].tolist() for r in rows]
+    prompts = [tokenizer.text(p[len(bos):] if p[:len(bos)] == bos else p) for p in prompts]
+    responses = [tokenizer.text(r.response) for r in rows]
     try:
         scores = torch.tensor([float(s) for s in reward(prompts, responses)], dtype=torch.float64)
     except Exception as e:
@@ -372,7 +374,8 @@ class Experience:
     def take(self, some, like):
         """What the loss measures on the rows `some` before the update, in the order of `flatten([rows[i] for i in some])`.   dict of (M,)"""
         on = self.mask[some]
-        named = {name: getattr(self, name)[some][on].to(like.dtype).to(like.device) for name in ("old_token_logps", "old_values", "advantages", "returns")}
+        named = {name: getattr(self, name)[some][on].to(like.dtype).to(like.device)
+                 for name in ("old_token_logps", "old_values", "advantages", "returns")}
         return named | {"mask": torch.ones_like(named["returns"])}
 
 

@@ -21,7 +21,8 @@ import world
 
 
 F64 = torch.float64
-HOLES = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 1, 0, 0], [0, 1, 1, 1, 0], [1, 0, 1, 0, 1], [0, 0, 0, 1, 0], [0, 0, 0, 0, 0]])     # full, right, left, gaps, one, none
+HOLES = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 1, 0, 0], [0, 1, 1, 1, 0],                            # full, cut at the right, at both ends,
+                      [1, 0, 1, 0, 1], [0, 0, 0, 1, 0], [0, 0, 0, 0, 0]])                           # gaps, one token, none
 
 
 def noise(*shape, seed=0, scale=1.0):
@@ -324,7 +325,8 @@ def vowels(prompts, responses):
 
 def toy_rollouts(policy=None, reward=vowels, dtype=F64, **how):
     policy = policy or toy(dtype=dtype)
-    return ppo.rollouts(policy, toy_critic(dtype=dtype), toy(1, dtype), PROMPTS, reward, BYTES, **{"max_len": 12, "seed": [0, 3], "kl_coef": 0.3, "lam": 0.9, **how})
+    how = {"max_len": 12, "seed": [0, 3], "kl_coef": 0.3, "lam": 0.9, **how}
+    return ppo.rollouts(policy, toy_critic(dtype=dtype), toy(1, dtype), PROMPTS, reward, BYTES, **how)
 
 
 def test_rollouts_measure_what_separate_forwards_measure():
@@ -407,7 +409,7 @@ def test_update_stats_count_the_tokens_whose_slope_is_gone():
 def test_float32_rollouts_rarely_flip_a_token_against_float64():
     narrow, wide = toy_rollouts(dtype=torch.float32), toy_rollouts()
     same = [np.array_equal(x.ids, y.ids) for x, y in zip(narrow.rows, wide.rows)]
-    assert sum(same) >= 5                                                                              # a rounding at a border of the cdf: about 1e-6 per token
+    assert sum(same) >= 5                                            # a flip needs a draw within rounding of a border of the cdf: ~1e-6 per token
 
 
 def test_a_new_critic_expects_nothing_and_a_new_reward_model_starts_at_log_2(tmp_path):
@@ -572,14 +574,87 @@ def update(both, optimizer, experience, minibatch, run):
 def ppo_on_the_world(base, run, reward="world", log=None, n=480, part="report"):
     torch.manual_seed(run.seed)
     tokenizer = data.Tokenizer(world.tokenizer())
-    policy, reference = (model.load_policy(base) for _ in range(2))
+    policy, reference = model.load_policy(base), model.load_policy(base).requires_grad_(False)
     critic = ppo.Critic.load(base, new=True)
-    reference.requires_grad_(False)
     clock, cpu = time.perf_counter(), time.process_time()
     history = train_ppo(policy, critic, reference, tokenizer, ppo.load_reward(reward, tokenizer), run, log)
-    seconds, cpu = time.perf_counter() - clock, time.process_time() - cpu
+    spent = {"seconds": time.perf_counter() - clock, "cpu_seconds": time.process_time() - cpu}
     r = evaluate.evaluate_world(policy, reference, tokenizer, seed=run.seed, n=n, part=part)
-    return {k: r[k] for k in ("kl", "reward", "reward_ci95", "reward_ref", "malformed", "win_rate")} | {"optimum": r["optimum_at_same_kl"]["reward"], "seconds": seconds, "cpu_seconds": cpu}, history, policy
+    kept = {k: r[k] for k in ("kl", "reward", "reward_ci95", "reward_ref", "malformed", "win_rate")}
+    return {**kept, "optimum": r["optimum_at_same_kl"]["reward"], **spent}, history, policy
+
+
+def world_pairs(tokenizer, n, seed, part):
+    """(chosen, rejected) rows with their masks on the last token, and the Bayes bound: the mean probability of the likelier winner."""
+    examples = world.pairs(n, seed, part=part)
+    rows, _ = data.encode([data.Pair(**p) for p in examples], tokenizer)
+    gaps = [world.utility(p["prompt"], p["chosen"]) - world.utility(p["prompt"], p["rejected"]) for p in examples]
+    return [tuple(map(ppo.last_token, u)) for u in rows], float(np.mean([world.sigmoid(abs(g)) for g in gaps]))
+
+
+def train_reward_model(reward_model, units, *, steps, batch_size, lr, warmup=20, centre=0.0, seed=0):
+    optimizer = torch.optim.AdamW(reward_model.parameters(), betas=(0.9, 0.95), weight_decay=0.0)
+    for step in range(steps):
+        flat = data.flatten([r for i in data.batch_at(range(len(units)), batch_size, seed=seed, step=step).rows for r in units[i]])
+        chosen, rejected = flat.sums(reward_model(*flat[:4])).view(-1, 2).T
+        ppo.reward_model_loss(chosen, rejected, centre=centre).mean().backward()
+        torch.nn.utils.clip_grad_norm_(reward_model.parameters(), 1.0)
+        for g in optimizer.param_groups:
+            g["lr"] = lr * ((step + 1) / warmup if step < warmup else 0.55 + 0.45 * math.cos(math.pi * (step - warmup) / (steps - warmup)))
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def accuracy(reward_model, units):
+    rewards = ppo.rewards_of(reward_model, [row for u in units for row in u]).view(-1, 2)
+    return float((rewards[:, 0] > rewards[:, 1]).double().mean())
+
+
+# --- on the embedded world --------------------------------------------------------------------------------------------
+
+def test_a_reward_model_trained_for_seconds_tells_better_replies_to_unseen_prompts():
+    """From random weights, so what it learns first is style: without knowing which fix is right no reward can be right in more than .70
+    of the held-out pairs, with it in .82 (world.classes, enumerated). The slow test below goes for the rest."""
+    torch.manual_seed(0)
+    tokenizer = data.Tokenizer(world.tokenizer())
+    units, held = world_pairs(tokenizer, 3000, 0, "train")[0], world_pairs(tokenizer, 1000, 1, "tune")[0]
+    reward_model = ppo.RewardModel(model.GPT(model.GPTConfig(vocab_size=tokenizer.vocab_size, **world.MODEL)))
+    assert accuracy(reward_model, held) == 0                                                           # all rewards are 0 and equal
+    train_reward_model(reward_model, units, steps=100, batch_size=24, lr=4e-3)
+    assert accuracy(reward_model, held) > 0.60                       # 6 standard errors above chance
+
+
+def base_model(tmp_path, seed):
+    """The folder of the embedded world's SFT model, as train.py makes it (40 CPU s)."""
+    if os.environ.get("PPO_BASES"):                                                                    # made before: folder0,folder1,folder2
+        return os.environ["PPO_BASES"].split(",")[seed]
+    import train
+    train.main(["--loss", "kto", "--steps", "1", "--seed", str(seed), "--out", str(tmp_path / "kto")])
+    return json.loads((tmp_path / "kto" / "config.json").read_text())["ref"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_ppo_with_the_true_utility_comes_to_the_exact_frontier(tmp_path, seed):
+    """The issue's bar: KL 1.0 +- 0.2 and at least 90 % of the best utility that any policy has at that KL. Nobody is above it, but for noise."""
+    r, history, _ = ppo_on_the_world(base_model(tmp_path, seed), Run(seed=seed))
+    assert 0.8 <= r["kl"] <= 1.2
+    assert 0.9 * r["optimum"] <= r["reward"] <= r["optimum"] + 0.15
+    assert history[-1]["explained_variance"] > 0.5 and history[-1]["ended"] > 0.99
+
+
+REWARD_MODEL = dict(steps=500, batch_size=32, lr=4e-3)
+
+
+@pytest.mark.slow
+def test_a_reward_model_comes_close_to_what_the_annotators_noise_allows(tmp_path):
+    torch.manual_seed(0)
+    tokenizer = data.Tokenizer(world.tokenizer())
+    units, (held, bound) = world_pairs(tokenizer, 8000, 0, "train")[0], world_pairs(tokenizer, 2000, 99, "tune")
+    reward_model = ppo.RewardModel.load(base_model(tmp_path, 0), new=True)
+    train_reward_model(reward_model, units, **REWARD_MODEL)
+    assert 0.80 < bound < 0.83
+    assert accuracy(reward_model, held) > bound - 0.05
 
 
 if __name__ == "__main__":                # python tests/test_ppo.py BASE name=value ...: one run, its settings and result as a line of JSON

@@ -504,7 +504,7 @@ def test_a_reward_model_is_a_reward_on_rows_and_on_texts_but_not_for_another_tok
 
 @dataclass
 class Run:
-    steps: int = 60                       # rollouts; each is followed by epochs * minibatches optimiser steps
+    steps: int = 80                       # rollouts; each is followed by epochs * minibatches optimiser steps
     batch_size: int = 256
     lr: float = 1e-3
     warmup: int = 5

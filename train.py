@@ -31,6 +31,7 @@ import sys
 import tempfile
 import threading
 import time
+import uuid
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import timedelta
@@ -1099,7 +1100,7 @@ class Group:
         if cuda:
             torch.cuda.set_device(local)
         if size > 1 and not dist.is_initialized():
-            Group.store = next(dist.rendezvous("env://", timeout=timedelta(seconds=timeout)))[0]
+            Group.store = agree_on_a_name(next(dist.rendezvous("env://", timeout=timedelta(seconds=timeout)))[0], rank, size)
             dist.init_process_group("nccl" if cuda else "gloo", store=Group.store, rank=rank, world_size=size, timeout=timedelta(seconds=timeout))
         return cls(rank, size, torch.device(f"cuda:{local}" if cuda else device or "cpu"))
 
@@ -1129,6 +1130,23 @@ class Group:
     def bar(self, total, what, initial=0):
         return tqdm(total=total, initial=initial, desc=what, unit="step" if "step" in what else "row", disable=self.rank != 0,
                     mininterval=0.5 if sys.stderr.isatty() else 20, dynamic_ncols=True)
+
+
+def agree_on_a_name(store, rank, size):
+    """The store under a name that no earlier attempt has used. torchrun --max_restarts keeps one store for all attempts (torch 2.13), and
+    gloo would call the dead by the addresses they left there: 1 restart in 8 went on, the others hung. Process 0 thinks of a name
+    and tells each of the others, again and again until it has answered: what the dead have said may still lie in its place."""
+    own = uuid.uuid4().hex
+    if rank:
+        store.set(f"hello/{rank}", own)
+        name = store.get(f"welcome/{own}").decode()
+        store.set(f"{name}/{rank}", "here")
+        return dist.PrefixStore(name, store)
+    for other in range(1, size):
+        while not store.check([f"{own}/{other}"]):
+            store.set(f"welcome/{store.get(f'hello/{other}').decode()}", own)
+            time.sleep(0.02)
+    return dist.PrefixStore(own, store)
 
 
 def use_threads(policy, alone=False):

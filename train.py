@@ -530,6 +530,11 @@ def main(argv=None):
         if isinstance(e.code, str) and not Group.first_to_say(e.code):          # one line in all, not one per process
             raise SystemExit(1) from None
         raise
+    except RuntimeError as e:                                                   # a collective that nobody answers: whoever has failed says why
+        if not dist.is_initialized() or not re.search("gloo|nccl", str(e), re.I):
+            raise
+        why = re.sub(r"^\[.*?\] ", "", str(e).splitlines()[0]).split(". ")[0]
+        raise SystemExit(f"process {os.environ['RANK']}: another process of this run does not answer ({why}); the last checkpoint is as it was, --resume goes on") from None
     except KeyboardInterrupt:
         raise SystemExit("interrupted before the first step; nothing was written to --out") from None
     finally:

@@ -488,12 +488,12 @@ def check_first_step(m, predicted, cfg, apart):
     line += f" | gradient norm {m['grad_norm']:.3g}"
     tolerance = {"fp64": 1e-9, "fp32": 1e-3, "bf16": 0.1}[cfg.dtype]
     if not math.isfinite(m["grad_norm"]) or m["grad_norm"] == 0:
-        raise SystemExit(line + "\nstep 0: no usable gradient: are all weights frozen, or both lambdas 0?")
+        raise SystemExit(line + " | no usable gradient: are all weights frozen, or both lambdas 0?")
     if not apart and m.get("logratios/max", 0) > tolerance:
-        raise SystemExit(line + f"\nstep 0: policy and reference have equal weights, yet a log-ratio exceeds {tolerance}. Known causes: dropout "
+        raise SystemExit(line + f" | policy and reference have equal weights, yet a log-ratio exceeds {tolerance}. Known causes: dropout "
                          "is on; the reference was measured in another dtype; an adapter is missing from the reference")
     if not apart and predicted is not None and abs(m["loss"] - predicted) > tolerance:
-        raise SystemExit(line + "\nstep 0: the loss is not the value it must have at equal weights")
+        raise SystemExit(line + " | the loss is not the value it must have at equal weights")
     return line + (" | policy and reference start apart" if apart else " | ok")
 
 
@@ -527,9 +527,10 @@ def main(argv=None):
         with ExitStack() as held:
             return run(sys.argv[1:] if argv is None else argv, held)
     except SystemExit as e:
-        if isinstance(e.code, str) and not Group.first_to_say(e.code):          # one line in all, not one per process
-            raise SystemExit(1) from None
-        raise
+        if not isinstance(e.code, str):
+            raise
+        line = re.sub(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]+", " ", e.code)           # names come from files and may hold anything
+        raise SystemExit(line if Group.first_to_say(line) else 1) from None           # one line in all, not one per process
     except RuntimeError as e:                                                   # a collective that nobody answers: whoever has failed says why
         if not dist.is_initialized() or not re.search("gloo|nccl", str(e), re.I):
             raise

@@ -31,6 +31,7 @@ import sys
 import tempfile
 import threading
 import time
+import uuid
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import timedelta
@@ -506,12 +507,12 @@ def check_first_step(m, predicted, cfg, apart):
     line += f" | gradient norm {m['grad_norm']:.3g}"
     tolerance = {"fp64": 1e-9, "fp32": 1e-3, "bf16": 0.1}[cfg.dtype]
     if not math.isfinite(m["grad_norm"]) or m["grad_norm"] == 0:
-        raise SystemExit(line + "\nstep 0: no usable gradient: are all weights frozen, or both lambdas 0?")
+        raise SystemExit(line + " | no usable gradient: are all weights frozen, or both lambdas 0?")
     if not apart and m.get("logratios/max", 0) > tolerance:
-        raise SystemExit(line + f"\nstep 0: policy and reference have equal weights, yet a log-ratio exceeds {tolerance}. Known causes: dropout "
+        raise SystemExit(line + f" | policy and reference have equal weights, yet a log-ratio exceeds {tolerance}. Known causes: dropout "
                          "is on; the reference was measured in another dtype; an adapter is missing from the reference")
     if not apart and predicted is not None and abs(m["loss"] - predicted) > tolerance:
-        raise SystemExit(line + "\nstep 0: the loss is not the value it must have at equal weights")
+        raise SystemExit(line + " | the loss is not the value it must have at equal weights")
     return line + (" | policy and reference start apart" if apart else " | ok")
 
 
@@ -545,9 +546,15 @@ def main(argv=None):
         with ExitStack() as held:
             return run(sys.argv[1:] if argv is None else argv, held)
     except SystemExit as e:
-        if isinstance(e.code, str) and not Group.first_to_say(e.code):          # one line in all, not one per process
-            raise SystemExit(1) from None
-        raise
+        if not isinstance(e.code, str):
+            raise
+        line = re.sub(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]+", " ", e.code)           # names come from files and may hold anything
+        raise SystemExit(line if Group.first_to_say(line) else 1) from None           # one line in all, not one per process
+    except RuntimeError as e:                                                   # a collective that nobody answers: whoever has failed says why
+        if not dist.is_initialized() or not re.search("gloo|nccl", str(e), re.I):
+            raise
+        why = re.sub(r"^\[.*?\] ", "", str(e).splitlines()[0]).split(". ")[0]
+        raise SystemExit(f"process {os.environ['RANK']}: another process of this run does not answer ({why}); the last checkpoint is as it was, --resume goes on") from None
     except KeyboardInterrupt:
         raise SystemExit("interrupted before the first step; nothing was written to --out") from None
     finally:
@@ -1118,7 +1125,7 @@ class Group:
         if cuda:
             torch.cuda.set_device(local)
         if size > 1 and not dist.is_initialized():
-            Group.store = next(dist.rendezvous("env://", timeout=timedelta(seconds=timeout)))[0]
+            Group.store = agree_on_a_name(next(dist.rendezvous("env://", timeout=timedelta(seconds=timeout)))[0], rank, size)
             dist.init_process_group("nccl" if cuda else "gloo", store=Group.store, rank=rank, world_size=size, timeout=timedelta(seconds=timeout))
         return cls(rank, size, torch.device(f"cuda:{local}" if cuda else device or "cpu"))
 
@@ -1148,6 +1155,23 @@ class Group:
     def bar(self, total, what, initial=0):
         return tqdm(total=total, initial=initial, desc=what, unit="step" if "step" in what else "row", disable=self.rank != 0,
                     mininterval=0.5 if sys.stderr.isatty() else 20, dynamic_ncols=True)
+
+
+def agree_on_a_name(store, rank, size):
+    """The store under a name that no earlier attempt has used. torchrun --max_restarts keeps one store for all attempts (torch 2.13), and
+    gloo would call the dead by the addresses they left there: 1 restart in 8 went on, the others hung. Process 0 thinks of a name
+    and tells each of the others, again and again until it has answered: what the dead have said may still lie in its place."""
+    own = uuid.uuid4().hex
+    if rank:
+        store.set(f"hello/{rank}", own)
+        name = store.get(f"welcome/{own}").decode()
+        store.set(f"{name}/{rank}", "here")
+        return dist.PrefixStore(name, store)
+    for other in range(1, size):
+        while not store.check([f"{own}/{other}"]):
+            store.set(f"welcome/{store.get(f'hello/{other}').decode()}", own)
+            time.sleep(0.02)
+    return dist.PrefixStore(own, store)
 
 
 def use_threads(policy, alone=False):

@@ -1294,7 +1294,8 @@ def save_shards(folder, policy, optimizer, step, running, group, reference=None)
                 json.dump({"step": step, "running": running, "optimizer_steps": steps}, f)
                 f.flush()
                 os.fsync(f.fileno())
-    except (OSError, dcp.api.CheckpointException) as e:
+    except (OSError, dcp.CheckpointException) as e:
+        shutil.rmtree(beside, ignore_errors=True)
         raise SystemExit(f"{path}: the checkpoint cannot be written ({reason(e)}); the ones before it are untouched, make room and --resume") from None
     if group.rank == 0:
         shutil.rmtree(path, ignore_errors=True)
@@ -1315,7 +1316,7 @@ def load_shards(folder, policy, optimizer=None, reference=None):
                 optimizer.state[p] = {"step": torch.tensor(float(n), device=p.device), "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
             dcp.load(shards(policy, optimizer, reference), storage_reader=dcp.HuggingFaceStorageReader(str(path)))
             return state["step"], state["running"]
-        except (OSError, KeyError, TypeError, ValueError, dcp.api.CheckpointException) as e:
+        except (OSError, KeyError, TypeError, ValueError, dcp.CheckpointException) as e:
             if int(os.environ.get("RANK", 0)) == 0:
                 print(f"--resume: {path} is damaged, or another model's ({reason(e)}); going back to the one before it", file=sys.stderr, flush=True)
     if paths:

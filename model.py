@@ -188,7 +188,11 @@ class GPT(nn.Module):
 
     def checkpoint_activations(self):
         """Keep only the input of each block and recompute the rest in backward: a third more work, 5 to 15 times less memory."""
-        recompute_in_backward(self.h)
+        recompute_in_backward(self.blocks("checkpoint_activations"))
+
+    def blocks(self, flag):
+        """The layers, each of which is recomputed (or sharded) as one."""
+        return self.h
 
     def forward_beside(self, flat, other, prompts):
         """Log-probs of flat's targets (M,), and those of other's, without gradient: row by row the same prompt of prompts[i] tokens.
@@ -260,15 +264,15 @@ class GPT(nn.Module):
 
     TRANSPOSED = ("c_attn.weight", "c_proj.weight", "c_fc.weight")            # GPT-2 stores these as (in, out)
 
-    def save(self, folder, *, eot=None):
+    def save(self, folder, *, eot=None, weights=None):
         """Write config.json and model.safetensors in GPT-2's format; transformers' AutoModelForCausalLM loads them.
 
-        A model without biases is written with biases of 0, the same function.
+        A model without biases is written with biases of 0, the same function. `weights`: by name, where the module holds only a part of them.
         """
         folder, c = Path(folder), self.config
         folder.mkdir(parents=True, exist_ok=True)
         tensors = {}
-        for name, p in self.state_dict().items():
+        for name, p in (weights or self.state_dict()).items():
             tensors["transformer." + name] = p.t().contiguous().cpu() if name.endswith(self.TRANSPOSED) else p.cpu()
             if not c.bias and name.endswith(".weight") and not name.startswith(("wte", "wpe")):
                 tensors["transformer." + name[:-6] + "bias"] = torch.zeros(p.shape[0], dtype=p.dtype)
@@ -508,11 +512,14 @@ class HFPolicy(nn.Module):
 
     def checkpoint_activations(self):
         """As `GPT.checkpoint_activations`. Not by transformers' own switch, which needs training mode, and that means dropout."""
+        recompute_in_backward(self.blocks("checkpoint_activations"))
+
+    def blocks(self, flag):
         from transformers.modeling_layers import GradientCheckpointingLayer
-        blocks = [m for m in self.lm.modules() if isinstance(m, GradientCheckpointingLayer)]
-        if not blocks:
-            raise SystemExit(f"--checkpoint_activations: transformers cannot checkpoint model_type {self.lm.config.model_type!r}")
-        recompute_in_backward(blocks)
+        found = [m for m in self.lm.modules() if isinstance(m, GradientCheckpointingLayer)]
+        if not found:
+            raise SystemExit(f"--{flag}: transformers does not mark the layers of model_type {self.lm.config.model_type!r}")
+        return found
 
     @torch.no_grad()
     def generate(self, prompts, *, eot, max_new_tokens, temperature=1.0, top_p=1.0, seed=0, rows=64, room=None):
@@ -535,12 +542,12 @@ class HFPolicy(nn.Module):
                     out.append(row[:row.index(eot) + 1] if eot in row else row)
         return out
 
-    def save(self, folder, *, eot=None, adapter=False):
-        """The model in Hugging Face format, an adapter merged into its weights; `adapter=True`: the adapter alone, in peft's format."""
+    def save(self, folder, *, eot=None, adapter=False, weights=None):
+        """The model in Hugging Face format, an adapter merged into its weights; `adapter=True`: the adapter alone, in peft's format. `weights` as above."""
         if not adapter:
             # Merging in place and back would leave rounding in the frozen weights, so in a copy.
             lm = self.lm if self.peft is None else copy.deepcopy(self.peft).merge_and_unload()
-            lm.save_pretrained(folder)
+            lm.save_pretrained(folder, state_dict=weights and {name.removeprefix("lm."): p for name, p in weights.items()})
         elif self.peft is None:
             raise ValueError("there is no adapter to save: the policy was loaded without lora")
         elif self.sft_adapter:

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import atexit
+import gc
 import hashlib
 import inspect
 import json
@@ -85,6 +86,7 @@ RECIPES = {   # no new curve: DPO's, with another mask, another reference or oth
 }
 REFERENCE = {"logratios", "kl_logratios", "chosen_logratios", "rejected_logratios", "ref_chosen_logps", "ref_rejected_logps",
              "reward_shift", "margin_mean", "batch_margin_mean", "chosen_kl", "rejected_kl"}                            # names that need a reference
+REFERENCE_STAYS = {"chosen_kl", "rejected_kl"}            # these cannot be cached
 BATCH_COUPLED = ("aot", "aot_unpaired")                   # these sort their rows: the global batch must be one micro-batch on one rank
 DTYPES = {"fp32": torch.float32, "bf16": torch.float32, "fp64": torch.float64}                   # the dtype of the weights
 
@@ -118,6 +120,7 @@ class Config:
     lora: int = flag(0, "rank of low-rank adapters, which alone are trained (needs peft); 0: all weights are")
     save: str = flag("merged", "with --lora, model/ is the adapter merged into the weights, or the adapter alone: merged, adapter")
     checkpoint_activations: bool = flag(False, "recompute activations in backward: less memory, a quarter more time")
+    fsdp: bool = flag(False, "share weights, gradients and optimiser out over the processes: for models larger than one GPU")
     trust_remote_code: bool = flag(False, "run Python code that comes with --model")
     dtype: str = flag("fp32", "fp32, bf16 (autocast; weights stay fp32, with --lora the frozen ones are bf16) or fp64")
     device: str = flag("", "cpu, cuda or mps (default: cuda where there is one)")
@@ -165,12 +168,15 @@ def train_step(policy, reference, optimizer, batch, units, task, running, *, upd
     n = len(batch.rows)
     mine = list(range(group.rank, n, group.size))                                       # this rank's share of the global batch
     parts = micro_batches(mine, batch, units, cfg, policy.token_budget)
-    ahead = both_logps(policy, batch, mine, units, cfg, group.device) if task.needs_partners and policy.shares_prompts and len(parts) == 1 else None
+    ahead = both_logps(policy, batch, mine, units, cfg, group.device) if task.needs_partners and policy.shares_prompts and not sharded(policy) and len(parts) == 1 else None
     shared = measure_shared(policy, reference, batch, units, task, running, ahead and ahead[1])
     ref_logps = reference.matched(batch) if task.needs_reference else None
     table = torch.zeros(2 + len(units[0]), n, dtype=torch.float64)                      # loss, tokens, log pi of each response
     extra = full_vocabulary(task.wants, reference, cfg, group.device)
-    for part in parts:
+    for part in in_step(parts, policy, group):
+        if not part:                                                                    # nothing left of its own: it adds 0
+            (0 * logps_of(policy, [units[batch.rows[0]]], cfg, group.device)[0].sum()).backward()
+            continue
         some = [units[batch.rows[i]] for i in part]
         logps, tokens = ahead[0] if ahead else logps_of(policy, some, cfg, group.device, extra)
         logps, extras = (logps, None) if extra is None else (logps[0], logps[1:])
@@ -185,12 +191,12 @@ def train_step(policy, reference, optimizer, batch, units, task, running, *, upd
         table[:, part] = torch.stack([losses, torch.full_like(losses, tokens / len(part)), *logps.T]).detach().cpu().double()
     table = group.sum(table)
     params = [p for p in policy.parameters() if p.requires_grad]
-    if group.size > 1:                                                                  # one flat all-reduce; no gradient counts as 0
+    if group.size > 1 and not sharded(policy):                                          # one flat all-reduce; no gradient counts as 0
         grads = torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in params])
         dist.all_reduce(grads)
         for p, g in zip(params, grads.split([p.numel() for p in params])):
             p.grad = g.view_as(p)
-    norm = torch.nn.utils.get_total_norm([p.grad for p in params if p.grad is not None])
+    norm = whole(torch.nn.utils.get_total_norm([p.grad for p in params if p.grad is not None]))
     grad_norm = float(norm)
     if not torch.isfinite(table[0]).all():
         bad = [units[batch.rows[i]][0].where or f"row {batch.rows[i]}" for i in (~torch.isfinite(table[0])).nonzero()[:, 0].tolist()]
@@ -198,7 +204,7 @@ def train_step(policy, reference, optimizer, batch, units, task, running, *, upd
                          "a lower --lr, or look at these rows. The last checkpoint is as it was")
     if not math.isfinite(grad_norm):
         backward = reversed(list(policy.named_parameters()))
-        name = next((name for name, p in backward if p.grad is not None and not torch.isfinite(p.grad).all()), "their norm alone")
+        name = next((name for name, p in backward if p.grad is not None and not torch.isfinite(whole(p.grad)).all()), "their norm alone")
         raise SystemExit(f"step {batch.step}: the gradient is not finite although the loss is (first in {name}); a lower --lr, or --dtype fp32. "
                          "The last checkpoint is as it was")
     torch.nn.utils.clip_grads_with_norm_(params, cfg.max_grad_norm or math.inf, norm)
@@ -217,7 +223,7 @@ def first_not_finite(table, ref_logps, shared, policy):
     """Where it began, in the order in which a step computes: for the message."""
     tensors = {**{f"the weights, {name}": p for name, p in policy.named_parameters()}, **{f"shared {k}": v for k, v in shared.items()},
                "the reference's log-probs": ref_logps, "the policy's log-probs": table[2:]}
-    return next((f"first in {name}" for name, x in tensors.items() if x is not None and not torch.isfinite(x).all()), "the log-probs are finite: it is the loss itself")
+    return next((f"first in {name}" for name, x in tensors.items() if x is not None and not torch.isfinite(whole(x)).all()), "the log-probs are finite: it is the loss itself")
 
 
 def micro_batches(mine, batch, units, cfg, budget):
@@ -279,13 +285,20 @@ def precision(cfg, device):
 def score(policy, units, cfg, device):
     """log pi of any number of units, without gradient.   -> (len(units), S) float64 on the CPU"""
     parts = [logps_of(policy, [units[i] for i in part], cfg, device)[0].cpu().double() for part in data.token_batches(units, policy.token_budget)]
+    if sharded(policy):
+        policy.reshard()                                                  # a forward without backward leaves the root's weights gathered, and old ones soon
     return torch.cat(parts) if parts else torch.zeros(0, 1, dtype=torch.float64)
 
 
-def score_over_ranks(policy, units, cfg, group, mine=None):
-    """The same for one global batch, each rank scoring its share (`mine`: it has, already); the whole table on every rank.   -> (B, S)"""
+def score_over_ranks(policy, units, cfg, group, known=None):
+    """The same for one global batch, each rank scoring its share (`known`: it has, already); the whole table on every rank.   -> (B, S)"""
     table = torch.zeros(len(units), len(units[0]), dtype=torch.float64)
-    table[group.rank::group.size] = score(policy, units[group.rank::group.size], cfg, group.device) if mine is None else mine
+    mine = list(range(group.rank, len(units), group.size))
+    parts = [mine[p.start:p.stop] for p in data.token_batches([units[i] for i in mine], policy.token_budget)] if known is None else []
+    for part in in_step(parts, policy, group):
+        table[part] = score(policy, [units[i] for i in part] or units[:1], cfg, group.device)[:len(part)]
+    if known is not None:
+        table[mine] = known
     return group.sum(table)
 
 
@@ -295,22 +308,33 @@ class Reference:
     The model is loaded for these passes alone. They run over fixed slices of the epoch's order, dealt out to the ranks, so a
     number depends on data, seed and epoch, never on micro-batches or on where a run was resumed; slices that no step will
     reach are left out.
+
+    Under --fsdp all of them run `ahead`, before the first step: by the policy's own weights as long as they are the reference's, so that
+    no second model is needed, else by one that is gone before the optimiser has any state.
     """
 
     def __init__(self, units, cfg, group, policy=None):
         self.units, self.cfg, self.group, self.policy = units, cfg, group, policy
         self.prompts = [u[0].prompt_key for u in units]
-        self.matched_table, self.mismatched_table, self.epoch = None, None, None
+        self.matched_table, self.mismatched_tables, self.loaded = None, {}, None
+
+    def ahead(self, first, partners):
+        """What the steps from `first` on will ask for."""
+        self.loaded = frozen_reference(self.cfg, self.group, self.policy)
+        self.matched(data.Batch(first, 0, [], []))
+        for step in range(first, self.cfg.steps) if partners else ():
+            self._mismatched_of(step // data.steps_per_epoch(len(self.units), self.cfg.batch_size))
+        self.loaded = self.policy = None                              # from now on the policy moves
+        gc.collect()                                                  # modules and their hooks refer to each other
 
     def _score(self, units, needed, what):
-        policy = frozen_reference(self.cfg, self.group, self.policy)
+        policy = self.loaded or frozen_reference(self.cfg, self.group, self.policy)
         table = torch.zeros(len(units), len(units[0]), dtype=torch.float64)
         with self.group.bar(needed, what) as bar:
-            for k, part in enumerate(data.token_batches(units, policy.token_budget)):
-                if part.start >= needed:
-                    break
+            parts = [part for part in data.token_batches(units, policy.token_budget) if part.start < needed]
+            for k, part in enumerate(parts + [range(0)] * (-len(parts) % self.group.size if sharded(policy) else 0)):            # see in_step
                 if k % self.group.size == self.group.rank:
-                    table[part.start:part.stop] = score(policy, [units[i] for i in part], self.cfg, self.group.device)
+                    table[part.start:part.stop] = score(policy, [units[i] for i in part] or units[:1], self.cfg, self.group.device)[:len(part)]
                 bar.update(min(part.stop, needed) - part.start)
         return self.group.sum(table)
 
@@ -331,15 +355,18 @@ class Reference:
 
     def mismatched(self, batch):
         """log pi_ref(y'|x) of the batch's mismatched pairs.   (B,)"""
-        n, size, seed = len(self.units), self.cfg.batch_size, self.cfg.seed
-        per_epoch = data.steps_per_epoch(n, size)
-        epoch, k = divmod(batch.step, per_epoch)
-        if self.epoch != epoch:
+        epoch, k = divmod(batch.step, data.steps_per_epoch(len(self.units), size := self.cfg.batch_size))
+        return self._mismatched_of(epoch)[k * size:k * size + len(batch.rows)]
+
+    def _mismatched_of(self, epoch):
+        if epoch not in self.mismatched_tables:
+            n, size, seed = len(self.units), self.cfg.batch_size, self.cfg.seed
+            per_epoch = data.steps_per_epoch(n, size)
             batches = [data.batch_at(self.prompts, size, seed=seed, step=epoch * per_epoch + s) for s in range(per_epoch)]
             pairs = [u for b in batches for u in mismatched_units(self.units, b, self.cfg)]
             needed = min(n, (self.cfg.steps - epoch * per_epoch) * size)
-            self.mismatched_table, self.epoch = self._score(pairs, needed, "reference, mismatched")[:, 0], epoch
-        return self.mismatched_table[k * size:k * size + len(batch.rows)]
+            self.mismatched_tables[epoch] = self._score(pairs, needed, "reference, mismatched")[:, 0]
+        return self.mismatched_tables[epoch]
 
 
 class MovingReference(Reference):
@@ -372,14 +399,17 @@ class NoReference:
 
 
 def frozen_reference(cfg, group, policy=None):
-    """The reference model. With adapters it is the policy itself with them switched off, as long as both started from one folder."""
-    if cfg.lora and policy is not None and Path(cfg.init).resolve() == Path(cfg.ref).resolve():
-        return policy.reference()
+    """The reference model. Where both started from one folder, `policy` stands in for it: with its adapter switched off, or, given only
+    before the first step, sharded as it is."""
+    if (cfg.lora or cfg.fsdp) and policy is not None and Path(cfg.init).resolve() == Path(cfg.ref).resolve():
+        return policy if cfg.fsdp else policy.reference()
     return load(cfg.ref, cfg, group).requires_grad_(False)
 
 
 def load(folder, cfg, group, **how):
     dtype = torch.bfloat16 if cfg.lora and cfg.dtype == "bf16" else DTYPES[cfg.dtype]                # peft keeps its own weights in fp32
+    if cfg.fsdp:
+        return load_sharded(folder, cfg, group, dtype=dtype, trust_remote_code=cfg.trust_remote_code)
     return model.load_policy(folder, device=group.device, dtype=dtype, trust_remote_code=cfg.trust_remote_code, **how)
 
 
@@ -610,7 +640,7 @@ def run(argv, held):
         raise SystemExit(f"--model {cfg.init}: its tokenizer has {source.tokenizer.vocab_size} tokens, its embedding only {policy.vocab_size}")
     use_threads(policy)
     group.say(f"policy: {cfg.init}, {sum(p.numel() for p in policy.parameters()):,} weights" + (f", {sum(p.numel() for _, p in trained(policy)):,} of them trained (rank {cfg.lora})" if cfg.lora else "")
-              + ("" if policy.flat else " | rows are padded: this architecture does not keep flat ones apart")
+              + (f" | sharded over {group.size} processes" if cfg.fsdp else "") + ("" if policy.flat else " | rows are padded: this architecture does not keep flat ones apart")
               + ("" if getattr(policy, "chunked", True) else " | logits are held whole: this head is not a plain product")
               + (f" | reference: {cfg.ref}" if task.needs_reference and recipe.get("reference") != "none" else " | no reference needed")
               + (f" | {stages} stages of {cfg.steps} steps, each against the policy of the one before" if stages > 1 else ""))
@@ -630,32 +660,46 @@ def run(argv, held):
     clock, cpu = time.perf_counter(), time.process_time()
     for stage in range(done // cfg.steps, stages):
         first = max(0, done - stage * cfg.steps)
-        if stage and group.rank == 0 and not (out / f"stage-{stage}").exists():
-            policy.save(out / f"stage-{stage}.tmp", eot=task.eot)                # what this stage is compared with: the last one's policy
-            os.replace(out / f"stage-{stage}.tmp", out / f"stage-{stage}")
+        if stage and not (out / f"stage-{stage}").exists():
+            save_model(policy, out / f"stage-{stage}.tmp", group, eot=task.eot)  # what this stage is compared with: the last one's policy
+            if group.rank == 0:
+                os.replace(out / f"stage-{stage}.tmp", out / f"stage-{stage}")
         group.barrier()
         task = replace(task, cfg=replace(cfg, ref=str(out / f"stage-{stage}") if stage else cfg.ref),
                        hyper=hyper | {k: v[stage] for k, v in own.items() if isinstance(v, list)})
         some = stage_units(units, stage, stages, recipe, own, task, source.tokenizer, cfg.ref, policy)
-        reference, optimizer = reference_for(some, recipe, own, task, None if stage else policy), make_optimizer(policy, cfg)
+        reference, optimizer = reference_for(some, recipe, own, task, None if stage or cfg.fsdp and done else policy), make_optimizer(policy, cfg)
         if first:
             load_checkpoint(out / "checkpoint", policy, optimizer, reference)
         prompts = [u[0].prompt_key for u in some]
         apart = stage == 0 and (recipe.get("reference") == "none" or Path(cfg.init).resolve() != Path(cfg.ref).resolve())
         if cfg.dry_run:
             return dry_run(policy, reference, optimizer, some, prompts, task, apart)
+        if cfg.fsdp and type(reference) is Reference:
+            reference.ahead(first, task.needs_partners)
         loop(policy, reference, optimizer, some, prompts, task, source, range(first, cfg.steps), running, apart, stage, stages)
     seconds |= {"align": time.perf_counter() - clock, "align_cpu": time.process_time() - cpu}
+    save_model(policy, out / "model", group, eot=source.tokenizer.eot, **({"adapter": True} if cfg.save == "adapter" else {}))
+    if cfg.fsdp:                                                                 # what follows is one process's work, with whole models
+        policy = reference = optimizer = None
+        cfg.fsdp = False
+        gc.collect()
     if group.rank == 0:
-        policy.save(out / "model", eot=source.tokenizer.eot, **({"adapter": True} if cfg.save == "adapter" else {}))
         source.tokenizer.save(out / "model")
-        reference = frozen_reference(cfg, group, policy)
-        source.report(policy, reference, seconds)
-        if judge:
-            rows = evaluate.compare(out, record, lambda: (policy, reference, source.tokenizer), seed=cfg.seed, device=group.device)
-            print(evaluate.win_rate_lines(evaluate.judge_comparison(out, record, rows, judge, cfg.judge)))
-        (out / "model" / "README.md").write_text(evaluate.model_card(record, json.loads((out / "eval.json").read_text())))
-    group.barrier()
+        try:
+            policy = policy or load(out / "model", cfg, group)
+            reference = frozen_reference(cfg, group, policy)
+            source.report(policy, reference, seconds)
+            if judge:
+                rows = evaluate.compare(out, record, lambda: (policy, reference, source.tokenizer), seed=cfg.seed, device=group.device)
+                print(evaluate.win_rate_lines(evaluate.judge_comparison(out, record, rows, judge, cfg.judge)))
+        except torch.OutOfMemoryError:
+            if not record["fsdp"]:
+                raise
+            print(f"no evaluation: policy and reference do not fit one GPU together. {out}/model is complete; judge it where there is more memory", flush=True)
+        found = json.loads((out / "eval.json").read_text()) if (out / "eval.json").is_file() else {}
+        (out / "model" / "README.md").write_text(evaluate.model_card(record, found))
+    group.until_first_is_done()
 
 
 def reference_for(units, recipe, own, task, policy):
@@ -752,7 +796,9 @@ def loop(policy, reference, optimizer, units, prompts, task, source, steps, runn
                                     refresh=False)
             stopped = bool(group.sum(torch.tensor(float(len(stop)))))                # all ranks stop after the same step
             if stopped or (step + 1) % cfg.save_every == 0 or step + 1 == cfg.steps:
-                if group.rank == 0:
+                if sharded(policy):
+                    save_shards(out / "checkpoint", policy, optimizer, done, running, group, reference)
+                elif group.rank == 0:
                     save_checkpoint(out / "checkpoint", policy, optimizer, done, running, reference)
                 group.barrier()
             if stopped and done < total:
@@ -813,6 +859,8 @@ def dry_run(policy, reference, optimizer, units, prompts, task, apart):
     passes = 0 if reference is None else min(len(units), steps * cfg.batch_size) + steps * cfg.batch_size * task.needs_partners
     held = model.memory_estimate(policy, tokens=policy.token_budget, checkpointed=cfg.checkpoint_activations, activation_bytes=2 if cfg.dtype == "bf16" else 4,
                                  reference=isinstance(reference, MovingReference))
+    if cfg.fsdp:
+        held |= {what: held[what] / group.size for what in ("weights", "gradients", "optimizer", "reference")}
     rss = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 2**10)
     peak = torch.cuda.max_memory_allocated() if group.device.type == "cuda" else rss
     group.say(f"estimate: {steps} steps x {per_step:.3f} s + {passes:,} reference rows x {1e3 * per_row:.2f} ms = about "
@@ -958,7 +1006,7 @@ def base_model(cfg, group, source):
                 policy = model.GPT(source.shape).to(group.device)
                 threads = use_threads(policy, alone=True)
                 for what, rows, s in stages:
-                    stage = Config(**{**asdict(cfg), "micro_batch_size": 0, "dtype": "fp32", "max_grad_norm": 1.0, **s})
+                    stage = Config(**{**asdict(cfg), "micro_batch_size": 0, "dtype": "fp32", "max_grad_norm": 1.0, "fsdp": False, **s})
                     fit(policy, rows, stage, Group(device=group.device), f"{what}, step")
                 beside = folder.with_suffix(".tmp")
                 shutil.rmtree(beside, ignore_errors=True)
@@ -1029,6 +1077,8 @@ def save_checkpoint(folder, policy, optimizer, step, running, reference=None):
 
 def load_checkpoint(folder, policy, optimizer=None, reference=None):
     """(steps done, running means); policy, optimiser and a moving reference are filled in place. A damaged file gives way to the one before."""
+    if sharded(policy):
+        return load_shards(folder, policy, optimizer, reference)
     files = sorted(folder.glob("step-*.safetensors"), reverse=True)
     for path in files:
         try:
@@ -1148,6 +1198,29 @@ class Group:
         if self.size > 1:
             dist.barrier()
 
+    def until_first_is_done(self):
+        """Rank 0 works alone at the end, for as long as it takes; at a barrier the others would give up after --timeout."""
+        if self.size > 1 and Group.store is not None:
+            Group.store.set("done", "yes") if self.rank == 0 else Group.store.wait(["done"], timedelta(days=7))
+
+    def most(self, n):
+        """The largest of every process's n."""
+        shared = torch.tensor(n, device=self.device)
+        dist.all_reduce(shared, dist.ReduceOp.MAX)
+        return int(shared)
+
+    @contextmanager
+    def in_turn(self):
+        """On each machine one process after the other."""
+        before, places = int(os.environ.get("LOCAL_RANK", 0)), self.most(int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+        for _ in range(before):
+            self.barrier()
+        try:
+            yield
+        finally:                                                                    # a complaint too waits until all have had their turn
+            for _ in range(before, places):
+                self.barrier()
+
     def say(self, *words):
         if self.rank == 0:
             print(*words, flush=True)
@@ -1185,6 +1258,122 @@ def use_threads(policy, alone=False):
     share = 2 if alone else max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
     torch.set_num_threads(1 if sum(p.numel() for p in policy.parameters()) < 1e6 else min(share, cores))
     return before
+
+
+# --- models larger than one GPU: torch's fully_shard (FSDP2) ------------------------------------------------------------
+
+def sharded(policy):
+    return hasattr(policy, "unshard")                                               # which fully_shard adds
+
+
+def whole(x):
+    """A tensor of which each process holds a part, put together; every process must ask for it."""
+    return x.full_tensor() if hasattr(x, "full_tensor") else x
+
+
+def in_step(parts, policy, group):
+    """The parts, and of a sharded policy as many empty ones more as the busiest process has: all gather the weights for every forward together."""
+    parts = list(parts)
+    return parts + [[]] * (group.most(len(parts)) - len(parts) if sharded(policy) else 0)
+
+
+def load_sharded(folder, cfg, group, **how):
+    """The policy in `folder`, of which each process keeps its share of every layer, of embedding and head, and later of their gradients and Adam's means.
+
+    No GPU ever holds the whole: a machine's processes load it into main memory one after the other, and layer by layer it moves to the
+    GPU and is cut. Forward and backward gather a layer when it is needed and drop it again; gradients are summed to where their share is.
+    """
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+    mesh, threads = init_device_mesh(group.device.type, (group.size,)), torch.get_num_threads()
+    mixed = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32) if cfg.dtype == "bf16" else MixedPrecisionPolicy()
+    with group.in_turn():
+        torch.set_num_threads(os.cpu_count() or 1)
+        policy = model.load_policy(folder, device="cpu", **how)
+        torch.set_num_threads(threads)
+        if not policy.flat:
+            raise SystemExit(f"--fsdp: {folder} needs padded rows, and how often these call the model depends on the data; processes must call it in step")
+        for module in [*policy.blocks("fsdp"), policy]:                             # the rest, embedding and (tied) head, is the root's
+            fully_shard(module, mesh=mesh, mp_policy=mixed)
+            module.set_gradient_divide_factor(1.0)                                  # the loss is divided by the global batch already
+            module.set_force_sum_reduction_for_comms(True)                          # a plain sum: gloo has no scaled one
+    if group.device.type == "cuda":
+        policy.token_budget = max(policy.token_budget, 2048)                        # it was chosen for a CPU
+    return policy
+
+
+def save_model(policy, folder, group, **how):
+    """`policy.save` by rank 0, a sharded policy's weights being gathered first, tensor by tensor into rank 0's main memory."""
+    weights = {}
+    for name, p in policy.named_parameters() if sharded(policy) else ():
+        full = whole(p.detach())
+        if group.rank == 0:
+            weights[name] = full.cpu()
+    if group.rank == 0:
+        policy.save(folder, **how, **({"weights": weights} if weights else {}))
+    group.barrier()
+
+
+def shards(policy, optimizer, reference):
+    """Of all that a checkpoint holds, this process's part."""
+    found = {"policy." + name: p.detach() for name, p in policy.named_parameters()}
+    for name, p in policy.named_parameters() if optimizer else ():
+        found |= {f"{key}.{name}": value for key, value in optimizer.state.get(p, {}).items() if key != "step"}
+    return found | ({"reference." + name: p for name, p in reference.live.named_parameters()} if isinstance(reference, MovingReference) else {})
+
+
+def save_shards(folder, policy, optimizer, step, running, group, reference=None):
+    """One folder of safetensors, each process writing its part, by torch's distributed checkpoints (whose other format is pickled)."""
+    import torch.distributed.checkpoint as dcp
+    path, tensors = folder / f"step-{step:06d}", shards(policy, optimizer, reference)
+    beside = path.with_suffix(".tmp")
+    if group.rank == 0:
+        shutil.rmtree(beside, ignore_errors=True)
+        beside.mkdir(parents=True)
+    group.barrier()
+    try:
+        files = {name: 1 + i // 64 for i, name in enumerate(sorted(tensors))}        # a file is put together in main memory: 64 tensors at a time
+        dcp.save(tensors, storage_writer=dcp.HuggingFaceStorageWriter(str(beside), fqn_to_index_mapping=files, save_distributed=True))
+        if group.rank == 0:
+            steps = {name: int(optimizer.state[p]["step"]) for name, p in policy.named_parameters() if p in optimizer.state}
+            with open(beside / "state.json", "w") as f:
+                json.dump({"step": step, "running": running, "optimizer_steps": steps}, f)
+                f.flush()
+                os.fsync(f.fileno())
+    except (OSError, dcp.CheckpointException) as e:
+        shutil.rmtree(beside, ignore_errors=True)
+        raise SystemExit(f"{path}: the checkpoint cannot be written ({reason(e)}); the ones before it are untouched, make room and --resume") from None
+    if group.rank == 0:
+        shutil.rmtree(path, ignore_errors=True)
+        os.replace(beside, path)
+        for old in sorted(p for p in folder.glob("step-*") if not p.suffix)[:-2]:
+            shutil.rmtree(old)
+
+
+def load_shards(folder, policy, optimizer=None, reference=None):
+    """As `load_checkpoint`, by any number of processes: each reads what is its part now."""
+    import torch.distributed.checkpoint as dcp
+    paths, weights = sorted((p for p in folder.glob("step-*") if not p.suffix), reverse=True), dict(policy.named_parameters())
+    for path in paths:
+        try:
+            state = json.loads((path / "state.json").read_text())
+            for name, n in state["optimizer_steps"].items() if optimizer else ():
+                p = weights[name]
+                optimizer.state[p] = {"step": torch.tensor(float(n), device=p.device), "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
+            dcp.load(shards(policy, optimizer, reference), storage_reader=dcp.HuggingFaceStorageReader(str(path)))
+            return state["step"], state["running"]
+        except (OSError, KeyError, TypeError, ValueError, dcp.CheckpointException) as e:
+            if int(os.environ.get("RANK", 0)) == 0:
+                print(f"--resume: {path} is damaged, or another model's ({reason(e)}); going back to the one before it", file=sys.stderr, flush=True)
+    if paths:
+        raise SystemExit(f"--resume: none of the checkpoints in {folder} can be read; --overwrite starts again")
+    return 0, {}
+
+
+def reason(e):
+    """One line of an exception, or of the first process's that had one."""
+    first = next(iter(getattr(e, "failures", {}).values()), (e,))[0]
+    return f"{type(first).__name__}: {' '.join(str(first).split())[:200]}"
 
 
 # --- the command line -------------------------------------------------------------------------------------------------
@@ -1303,6 +1492,14 @@ def check_settings(cfg, hyper, typed):
         ("flip" in typed and world_only, f"--flip: --loss {cfg.loss} learns from {world_only}, which no annotator has labelled"),
         (cfg.lora and not cfg.model, f"--lora {cfg.lora}: is for Hugging Face models; give --model"),
         (cfg.lora and hyper.get("ref_mix"), f"--lora {cfg.lora}: tr_dpo moves all weights of its reference, of which an adapter has no copy"),
+        (cfg.fsdp and int(os.environ.get("WORLD_SIZE", 1)) == 1, "--fsdp: shares one model out over processes; start several: torchrun --nproc_per_node N train.py ..."),
+        *((cfg.fsdp and clash, f"--fsdp: {why}") for clash, why in (
+            (cfg.lora, f"not with --lora {cfg.lora}, whose weights without optimiser fit one GPU; leave one of them out"),
+            (cfg.eval_every, f"not with --eval_every {cfg.eval_every}: evaluation samples, and that from a whole model; it is done at the end"),
+            (REFERENCE_STAYS & set(signature(find_loss(cfg.loss))[0]), f"not with --loss {cfg.loss}, which needs the reference's whole distributions at every step"),
+            (hyper.get("z0") == "on_policy", "not with --z0 on_policy, which samples at every step from a whole model; estimate, zero or a number"),
+            (hyper.get("slic_target") == "sample", "not with --slic_target sample, which samples from a whole model; chosen or data"),
+            (world_only and "stages" in RECIPES[cfg.loss] and RECIPES[cfg.loss]["stages"] == "self-play", f"not with --loss {cfg.loss}, which samples from a whole model"))),
         (cfg.save == "adapter" and not cfg.lora, "--save adapter: needs --lora RANK"),
         (cfg.judge and not (cfg.data and cfg.eval_data), "--judge: needs --eval_data FILE, whose prompts both models answer (the embedded world has its own judge)"),
         (cfg.model and not cfg.data, "--model: needs --data FILE, the preferences to align it with"),

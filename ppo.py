@@ -198,7 +198,7 @@ class Scorer(nn.Module):
         super().__init__()
         self.trunk = trunk
         self.flat, self.token_budget, self.context, self.vocab_size = trunk.flat, trunk.token_budget, trunk.context, trunk.vocab_size
-        self.score = nn.Identity()                                                                  # a Hugging Face classifier brings its own
+        self.score = trunk.head                                                                     # a Hugging Face classifier brings its own
         if isinstance(trunk, model.GPT):
             weight = trunk.wte.weight
             self.score = nn.Linear(trunk.config.d_model, 1, bias=False, device=weight.device, dtype=weight.dtype)
@@ -233,7 +233,6 @@ class Scorer(nn.Module):
         if not has_head and not new:
             raise SystemExit(headless)
         trunk = model.HFPolicy(_PerToken(folder, dtype, flag).to(device))
-        trunk.lm.probed = True
         if not has_head:
             nn.init.zeros_(trunk.lm.classifier.score.weight)
         return cls(trunk)
@@ -254,8 +253,6 @@ class _PerToken(nn.Module):
     Its own pooling looks for pads, and finds one in every end-of-text where both have the same id; so that pad id is taken away.
     """
 
-    probed = False                     # HFPolicy's probe sees hidden states: of a head of zeros it could not tell whether sequences see each other
-
     def __init__(self, folder, dtype, flag):
         super().__init__()
         from transformers import AutoModelForSequenceClassification
@@ -266,7 +263,8 @@ class _PerToken(nn.Module):
                 folder, num_labels=1, dtype=dtype, use_safetensors=True, local_files_only=True)
         except (OSError, ValueError, RuntimeError) as e:
             raise SystemExit(f"--{flag} {folder}: cannot be loaded as a reward model with one score: {' '.join(str(e).split())[:300]}") from None
-        self.config = c = self.classifier.config
+        self.config, self.name_or_path = self.classifier.config, str(folder)
+        c = self.config
         if not isinstance(getattr(self.classifier, "score", None), nn.Linear):
             raise SystemExit(f"--{flag} {folder}: {type(self.classifier).__name__} keeps its head elsewhere than in `score`; not supported")
         if c.pad_token_id == c.eos_token_id:
@@ -276,9 +274,14 @@ class _PerToken(nn.Module):
     def device(self):
         return self.classifier.device
 
-    def forward(self, input_ids, logits_to_keep=slice(None), **how):
-        hidden = self.classifier.base_model(input_ids=input_ids, **how)[0][:, logits_to_keep]
-        return SimpleNamespace(logits=self.classifier.score(hidden) if self.probed else hidden)
+    def get_decoder(self):
+        return self.classifier.base_model
+
+    def get_output_embeddings(self):
+        return self.classifier.score
+
+    def forward(self, **how):
+        return SimpleNamespace(logits=self.classifier.score(self.classifier.base_model(**how).last_hidden_state))
 
 
 def last_token(row):

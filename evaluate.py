@@ -526,34 +526,29 @@ def _figure(columns, width=5.0, height=3.6):
 
 
 def plot_curves(metrics, path):
-    """curves.png: loss, rewards of both classes, log-probs of both classes, and z0 where there is one."""
-    has_z0 = any(m.get("z0_raw") is not None for m in metrics)
-    figure, axes = _figure(3 + has_z0)
-    x = [m["step"] for m in metrics]
-
-    def line(ax, key, color, label):
-        y = np.array([np.nan if m.get(key) is None else m[key] for m in metrics], float)
-        ax.plot(x, y, color=color, alpha=0.25, lw=0.8)
-        w = max(1, len(y) // 30)                                          # a running mean over about 1/30 of the run
-        good = np.isfinite(y)
-        smooth = np.convolve(np.where(good, y, 0), np.ones(w), "same") / np.maximum(np.convolve(good, np.ones(w), "same"), 1)
-        ax.plot(x, np.where(np.convolve(good, np.ones(w), "same") > 0, smooth, np.nan), color=color, lw=2, label=label)
-
-    line(axes[0], "loss", BLUE, "loss")
-    line(axes[1], "rewards/chosen", GREEN, "desirable")
-    line(axes[1], "rewards/rejected", ORANGE, "undesirable")
-    line(axes[2], "logps/chosen", GREEN, "desirable")
-    line(axes[2], "logps/rejected", ORANGE, "undesirable")
-    titles = ["loss", "implied reward beta (log pi - log pi_ref)", "log pi(y|x), nats per response"]
-    if has_z0:
-        line(axes[3], "z0_raw", GREY, "before the clamp")
-        line(axes[3], "z0", BLUE, "z0 = max(0, mean)")
-        titles.append("reference point z0, nats")
-    for ax, title in zip(axes, titles):
+    """curves.png: of what a run logs the loss, rewards and log-probs of both classes, z0; of PPO rewards, KL, entropy and how the critic does."""
+    panels = {"loss": [("loss", BLUE, "loss")],
+              "implied reward beta (log pi - log pi_ref)": [("rewards/chosen", GREEN, "desirable"), ("rewards/rejected", ORANGE, "undesirable")],
+              "log pi(y|x), nats per response": [("logps/chosen", GREEN, "desirable"), ("logps/rejected", ORANGE, "undesirable")],
+              "reference point z0, nats": [("z0_raw", GREY, "before the clamp"), ("z0", BLUE, "z0 = max(0, mean)")],
+              "reward of the policy's own responses": [("reward", GREEN, "reward"), ("objective", BLUE, "reward - kl_coef KL")],
+              "KL(pi || pi_ref), nats per response": [("kl/k1", GREY, "k1"), ("kl/k3", BLUE, "k3")],
+              "policy and critic": [("entropy", BLUE, "entropy, nats per token"), ("explained_variance", GREEN, "critic, explained variance"),
+                                    ("clip_fraction", ORANGE, "clip fraction")]}
+    panels = {title: lines for title, lines in panels.items() if any(m.get(key) is not None for m in metrics for key, *_ in lines)}
+    figure, axes = _figure(len(panels))
+    for ax, (title, lines) in zip(axes, panels.items()):
+        for key, color, label in lines:
+            y = np.array([np.nan if m.get(key) is None else m[key] for m in metrics], float)
+            ax.plot([m["step"] for m in metrics], y, color=color, alpha=0.25, lw=0.8)
+            w, good = max(1, len(y) // 30), np.isfinite(y)                          # a running mean over about 1/30 of the run
+            count = np.convolve(good, np.ones(w), "same")
+            smooth = np.convolve(np.where(good, y, 0), np.ones(w), "same") / np.maximum(count, 1)
+            ax.plot([m["step"] for m in metrics], np.where(count > 0, smooth, np.nan), color=color, lw=2, label=label)
         ax.set_title(title, fontsize=11)
         ax.set_xlabel("optimiser step")
         ax.grid(alpha=0.25)
-        if len(ax.lines) > 2:
+        if len(lines) > 1:
             ax.legend(frameon=False)
     figure.savefig(path, dpi=110)
 
@@ -606,6 +601,9 @@ def report_world(judge, policy, reference, tokenizer, cfg, seconds, sessions=Fal
     saved = {k: v for k, v in r.items() if not k.startswith("utilities")} | {"seconds": seconds}
     (out / "eval.json").write_text(json.dumps(saved, indent=2) + "\n")
 
+    config = json.loads((out / "config.json").read_text())
+    weaker = "".join(f"         python train.py --loss {cfg.loss} --{k} {config[k] / 5:g} --out {out}-{k}{config[k] / 5:g}      (what does a smaller {k} do to the KL?)\n"
+                     for k in ("beta", "tau", "kl_coef") if isinstance(config.get(k), float))
     best, (low, high), (u_low, u_high) = r["optimum_at_same_kl"], r["win_rate_ci95"], r["reward_ci95"]
     raw = [m["z0_raw"] for m in metrics if m.get("z0_raw") is not None]
     show = max(range(len(prompts)), key=lambda i: scores[i][1] - scores[i][0])
@@ -629,8 +627,7 @@ One of the questions, answered at temperature 0.7 (utility in front):
 seconds: base model {seconds['base']:.0f}, alignment {seconds['align']:.0f}, evaluation {seconds['evaluate']:.0f}
 files:   {out}/ frontier.png, curves.png, samples.md, eval.json, metrics.jsonl, model/ (transformers loads it)
 next:    python evaluate.py {out} --prompt "{prompts[0]}"
-         python train.py --loss {cfg.loss} --beta 0.1 --out {out}-beta0.1      (what does a smaller beta do to the KL?)
-         python train.py --loss bco      python train.py --help""", flush=True)
+{weaker}         python train.py --loss bco      python train.py --help""", flush=True)
 
 
 def margins(logps, ref_logps, desirable):
@@ -663,6 +660,19 @@ def report_files(result, policy, reference, tokenizer, prompts, cfg, seconds):
           f"files:   {out}/ samples.md, curves.png, eval.json, metrics.jsonl, model/ (transformers loads it)\n"
           f"next:    python evaluate.py {out} --prompt \"...\"\n"
           f"         python evaluate.py {out} --judge FOLDER     or --export_pairs pairs.jsonl, for people or an LLM to judge", flush=True)
+
+
+def report_rewards(result, cfg, seconds):
+    """What `--loss rm` leaves: how often the reward model agrees with the annotator, on pairs it learnt from and on others."""
+    out = Path(cfg.out)
+    plot_curves([json.loads(line) for line in open(out / "metrics.jsonl")], out / "curves.png")
+    result = {k: v for k, v in result.items() if v} | {"win_rate": None, "n": (result.get("eval") or result["train"])["n"], "seconds": seconds}
+    (out / "eval.json").write_text(json.dumps(result, indent=2) + "\n")
+    for name, of in (("train", "pairs it learnt from"), ("eval", "other pairs")):
+        if r := result.get(name):
+            print(f"{of} ({r['n']}): the chosen response has the larger reward in {r['accuracy']:.1%}, by {r['margin']:+.2f} on average")
+    print(f"files:   {out}/ eval.json, curves.png, metrics.jsonl, model/\n"
+          f"next:    python train.py --loss ppo --reward {out}/model", flush=True)
 
 
 # --- the model card -----------------------------------------------------------------------------------------------------
@@ -699,6 +709,10 @@ def model_card(config, result):
     lines += ["", "## Settings", "", "| setting | value | from |", "|---|---|---|"]
     show = lambda v: name(v) if isinstance(v, str) else ", ".join(map(show, v)) if isinstance(v, list) else str(v)          # noqa: E731
     lines += [f"| {k} | {show(config[k])} | {origin.get(k, '')} |" for k in chosen if config[k] not in (None, "", [])]
+    if loss == "rm":
+        lines += ["", "## Results", "", *(f"- {k}: {v}" for k, v in result.items() if k in ("train", "eval")), "", "A reward model: a number for the last token of prompt and "
+                  "response. transformers loads it as AutoModelForSequenceClassification; nanoKTO's own small GPT serves as `--reward FOLDER`.", ""]
+        return "\n".join(lines)
     lines += ["", "## Results", ""] + (_card_results(result, name) or ["Not measured."])
     kind = "peft.AutoPeftModelForCausalLM" if config.get("save") == "adapter" else "AutoModelForCausalLM"
     lines += ["", "## Load it", "", "```python", *["import peft"] * kind.startswith("peft"), "from transformers import AutoModelForCausalLM, AutoTokenizer", "",

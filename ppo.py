@@ -198,6 +198,7 @@ class Scorer(nn.Module):
         super().__init__()
         self.trunk = trunk
         self.flat, self.token_budget, self.context, self.vocab_size = trunk.flat, trunk.token_budget, trunk.context, trunk.vocab_size
+        self.shares_prompts, self.chunked, self.sft_adapter = False, True, None                     # what train.py asks of a policy
         self.score = trunk.head                                                                     # a Hugging Face classifier brings its own
         if isinstance(trunk, model.GPT):
             weight = trunk.wte.weight
@@ -208,6 +209,13 @@ class Scorer(nn.Module):
         """One number for each of the M positions.   (M,)   targets and extra are a policy's and not looked at"""
         x = self.score(self.trunk.hidden(ids, positions, lengths, predict + self.ahead))[:, 0]
         return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
+
+    @property
+    def head_weight(self):
+        return self.score.weight if isinstance(self.trunk, model.GPT) else self.trunk.lm.classifier.score.weight
+
+    def checkpoint_activations(self):
+        self.trunk.checkpoint_activations()
 
     def save(self, folder, *, eot=None):
         """GPT-2's format and score.safetensors beside it; a Hugging Face model as AutoModelForSequenceClassification reads it."""
@@ -245,6 +253,10 @@ class Critic(Scorer):
 class RewardModel(Scorer):
     """r(x, y), read at the LAST token, where the whole response with its end is known. Rows for it: `last_token`."""
     ahead = 1
+
+    @property
+    def trained_before(self):
+        return bool(self.head_weight.any())
 
 
 class _PerToken(nn.Module):
@@ -297,6 +309,12 @@ def rewards_of(reward_model, rows):
     device, rows = next(reward_model.parameters()).device, [last_token(r) for r in rows]
     flats = [flatten(rows[part.start:part.stop], device) for part in token_batches(rows, reward_model.token_budget)]
     return torch.cat([reward_model(*flat[:4]).cpu().double() for flat in flats] or [torch.zeros(0, dtype=torch.float64)])
+
+
+def accuracy(reward_model, units):
+    """On (chosen, rejected) rows: how often the chosen response has the larger reward, ties counting half; and by how much on average.   -> dict"""
+    gaps = rewards_of(reward_model, [row for u in units for row in u[:2]]).view(-1, 2) @ torch.tensor([1.0, -1.0], dtype=torch.float64)
+    return {"accuracy": float(((gaps > 0) + 0.5 * (gaps == 0)).mean()), "margin": float(gaps.mean()), "n": len(units)} if len(units) else None
 
 
 # --- rewards: the world's utility, a reward model, or any Python function ---------------------------------------------

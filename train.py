@@ -56,6 +56,7 @@ import dpo_variants
 import evaluate
 import kto
 import model
+import ppo
 import world
 
 
@@ -67,7 +68,8 @@ def token_nll_loss(logps, mean_len):
     return -logps / mean_len
 
 
-LOSSES = {"sft": token_nll_loss, **kto.LOSSES, **{n: f for n, f in dpo_variants.LOSSES.items() if n != "sft"}}
+LOSSES = {"sft": token_nll_loss, **kto.LOSSES, "offline_ppo": ppo.offline_ppo_loss, **{n: f for n, f in dpo_variants.LOSSES.items() if n != "sft"}}
+ACTING = {"rm": ppo.reward_model_loss, "ppo": ppo.actor_critic_loss}               # what learns is a reward model; a policy that acts, and its critic
 RECIPES = {   # no new curve: DPO's, with another mask, another reference or other data, and the flags that brings
     "ld_dpo": dict(loss="dpo", flags={"ld_alpha": 0.5}, paper="Liu et al. 2024, Length Desensitization in Direct Preference Optimization, arXiv 2409.06411",
                    idea="beyond the shorter response's length, the longer one's tokens count ld_alpha"),
@@ -81,11 +83,16 @@ RECIPES = {   # no new curve: DPO's, with another mask, another reference or oth
     "spin": dict(loss="dpo", stages="self-play", source="an expert's replies", flags={"stages": 3},
                  paper="Chen et al. 2024, Self-Play Fine-Tuning Converts Weak Language Models to Strong Language Models, arXiv 2401.01335",
                  idea="the rejected response is the last stage's own, so that imitation goes on where SFT ends"),
+    "rm": dict(loss="rm", paper="Ouyang et al. 2022, Training language models to follow instructions with human feedback, arXiv 2203.02155",
+               idea="a reward for every response, under which the annotator's choices are likeliest; PPO's judge"),
+    "ppo": dict(loss="ppo", flags={"reward": "", "kl_coef": 0.05, "gamma": 1.0, "lam": 0.95, "ppo_epochs": 4, "minibatches": 4, "target_kl": 0.0},
+                paper="Schulman et al. 2017, Proximal Policy Optimization Algorithms, arXiv 1707.06347",
+                idea="the policy writes, a reward judges, and a clipped step makes the better tokens likelier"),
     "dpo_reference_free": dict(loss="dpo", reference="none", paper="Rafailov et al. 2023, arXiv 2305.18290, with a uniform reference",
                                idea="the reference's log-probs are 0: nothing holds the policy where it started"),
 }
 REFERENCE = {"logratios", "kl_logratios", "chosen_logratios", "rejected_logratios", "ref_chosen_logps", "ref_rejected_logps",
-             "reward_shift", "margin_mean", "batch_margin_mean", "chosen_kl", "rejected_kl"}                            # names that need a reference
+             "reward_shift", "margin_mean", "batch_margin_mean", "chosen_kl", "rejected_kl", "advantages"}                            # names that need a reference
 REFERENCE_STAYS = {"chosen_kl", "rejected_kl"}            # these cannot be cached
 BATCH_COUPLED = ("aot", "aot_unpaired")                   # these sort their rows: the global batch must be one micro-batch on one rank
 DTYPES = {"fp32": torch.float32, "bf16": torch.float32, "fp64": torch.float64}                   # the dtype of the weights
@@ -151,7 +158,9 @@ class Task:
     loss: object
     hyper: dict
     z0: object = None                             # estimate, zero, on_policy or a number; None: the loss has none
-    eot: int = 0
+    tokenizer: object = None
+    own: dict = field(default_factory=dict)       # the recipe's flags
+    reward: object = None                         # PPO's: (prompts, responses) -> numbers
 
     def __post_init__(self):
         self.wants = signature(self.loss)[0]
@@ -190,33 +199,74 @@ def train_step(policy, reference, optimizer, batch, units, task, running, *, upd
         (losses.sum() / n).backward()                                                   # the global count, on every rank
         table[:, part] = torch.stack([losses, torch.full_like(losses, tokens / len(part)), *logps.T]).detach().cpu().double()
     table = group.sum(table)
-    params = [p for p in policy.parameters() if p.requires_grad]
+    if not torch.isfinite(table[0]).all():
+        bad = [units[batch.rows[i]][0].where or f"row {batch.rows[i]}" for i in (~torch.isfinite(table[0])).nonzero()[:, 0].tolist()]
+        raise SystemExit(f"step {batch.step}: the loss is not finite on {', '.join(bad[:3])} ({first_not_finite(table, ref_logps, shared, policy)}); "
+                         "a lower --lr, or look at these rows. The last checkpoint is as it was")
+    grad_norm, lr = descend(policy, optimizer, task, batch.step, update)
+    # ------------------------------------------------------------------------------------ everything below is diagnostics
+    return {"step": batch.step, "epoch": round(batch.epoch, 4), "loss": float(table[0].mean()), "grad_norm": grad_norm, "lr": lr,
+            "tokens_per_second": float(table[1].sum()) / (time.perf_counter() - start)} | diagnostics(table[2:].T, ref_logps, batch, units, task, shared)
+
+
+def descend(policy, optimizer, task, step, update=True):
+    """From each rank's gradients to the optimiser's step: summed, clipped, taken.   -> (norm before the clip, learning rate)"""
+    cfg, group, params = task.cfg, task.group, [p for p in policy.parameters() if p.requires_grad]
     if group.size > 1 and not sharded(policy):                                          # one flat all-reduce; no gradient counts as 0
         grads = torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in params])
         dist.all_reduce(grads)
         for p, g in zip(params, grads.split([p.numel() for p in params])):
             p.grad = g.view_as(p)
-    norm = whole(torch.nn.utils.get_total_norm([p.grad for p in params if p.grad is not None]))
-    grad_norm = float(norm)
-    if not torch.isfinite(table[0]).all():
-        bad = [units[batch.rows[i]][0].where or f"row {batch.rows[i]}" for i in (~torch.isfinite(table[0])).nonzero()[:, 0].tolist()]
-        raise SystemExit(f"step {batch.step}: the loss is not finite on {', '.join(bad[:3])} ({first_not_finite(table, ref_logps, shared, policy)}); "
-                         "a lower --lr, or look at these rows. The last checkpoint is as it was")
-    if not math.isfinite(grad_norm):
+    norm, lr = whole(torch.nn.utils.get_total_norm([p.grad for p in params if p.grad is not None])), learning_rate(step, cfg)
+    if not math.isfinite(norm):
         backward = reversed(list(policy.named_parameters()))
         name = next((name for name, p in backward if p.grad is not None and not torch.isfinite(whole(p.grad)).all()), "their norm alone")
-        raise SystemExit(f"step {batch.step}: the gradient is not finite although the loss is (first in {name}); a lower --lr, or --dtype fp32. "
+        raise SystemExit(f"step {step}: the gradient is not finite although the loss is (first in {name}); a lower --lr, or --dtype fp32. "
                          "The last checkpoint is as it was")
     torch.nn.utils.clip_grads_with_norm_(params, cfg.max_grad_norm or math.inf, norm)
-    lr = learning_rate(batch.step, cfg)
     if update:
         for g in optimizer.param_groups:
             g["lr"] = lr
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
+    return float(norm), lr
+
+
+def ppo_step(both, reference, optimizer, batch, units, task, running, *, update=True):
+    """PPO's step on one global batch of prompts: responses, sampled and judged, then a few optimiser steps on them. Returns its metrics."""
+    cfg, group, own, seed, start = task.cfg, task.group, task.own, [task.cfg.seed, batch.step], time.perf_counter()
+    prompts = [units[i][0].ids[:units[i][0].n_prompt].tolist() for i in batch.rows]
+    with precision(cfg, group.device):
+        seen = ppo.rollouts(both.policy, both.critic, reference.live, prompts, task.reward, task.tokenizer, max_len=cfg.max_len, seed=seed,
+                            kl_coef=own["kl_coef"], gamma=own["gamma"], lam=own["lam"], rank=group.rank, size=group.size, combine=group.sum)
+    total, norms = torch.zeros(4, dtype=torch.float64), []
+    for some in ppo.updates(len(prompts), epochs=own["ppo_epochs"], minibatches=own["minibatches"], seed=seed):
+        n_tokens, sums, mine = float(seen.mask[some].sum()), torch.zeros(4, dtype=torch.float64), some[group.rank::group.size]
+        for part in ppo_parts(mine, seen, cfg, both.token_budget):
+            with precision(cfg, group.device):
+                m = ppo.measure(both, seen, part, group.device)
+                loss = task.loss(**m, **task.hyper) * (m["mask"].sum() / n_tokens)                   # its means are over the minibatch's tokens
+            loss.backward()
+            sums += torch.tensor([float(loss.detach()) * n_tokens, *ppo.update_stats(m, clip=task.hyper["clip"])])
+        sums = group.sum(sums)
+        if not math.isfinite(sums[0]):
+            raise SystemExit(f"step {batch.step}: PPO's loss is not finite; a lower --lr, or a look at the rewards. The last checkpoint is as it was")
+        norm, lr = descend(both, optimizer, task, batch.step, update)
+        total, norms = total + sums, [*norms, norm]
+        if not update or own["target_kl"] and sums[3] / sums[1] > own["target_kl"]:                  # the samples are too old now
+            break
     # ------------------------------------------------------------------------------------ everything below is diagnostics
-    return {"step": batch.step, "epoch": round(batch.epoch, 4), "loss": float(table[0].mean()), "grad_norm": grad_norm, "lr": lr,
-            "tokens_per_second": float(table[1].sum()) / (time.perf_counter() - start)} | diagnostics(table[2:].T, ref_logps, batch, units, task, shared)
+    apart = (seen.old_token_logps - seen.ref_token_logps)[seen.mask].abs().max()
+    return {"step": batch.step, "epoch": round(batch.epoch, 4), "loss": float(total[0] / total[1]), "grad_norm": norms[0], "lr": lr, **seen.stats,
+            "clip_fraction": float(total[2] / total[1]), "kl/old": float(total[3] / total[1]), "logratios/max": float(apart), "updates": len(norms),
+            "tokens_per_second": float(seen.mask.sum()) / (time.perf_counter() - start)}
+
+
+def ppo_parts(mine, seen, cfg, budget):
+    """This rank's responses of a minibatch in slices, as `micro_batches`."""
+    if cfg.micro_batch_size:
+        return [mine[i:i + cfg.micro_batch_size] for i in range(0, len(mine), cfg.micro_batch_size)]
+    return [mine[part.start:part.stop] for part in data.token_batches([seen.rows[i] for i in mine], budget)]
 
 
 def first_not_finite(table, ref_logps, shared, policy):
@@ -421,7 +471,7 @@ def on_policy_units(policy, rows, task, seed):
     """The policy's own response to each row's prompt, at temperature 1. Every rank samples all of them: the same ones."""
     prompts = [row.ids[:row.n_prompt].tolist() for row in rows]
     with precision(task.cfg, task.group.device):
-        responses = policy.generate(prompts, eot=task.eot, max_new_tokens=task.cfg.max_len, room=task.cfg.max_len, seed=seed)
+        responses = policy.generate(prompts, eot=task.tokenizer.eot, max_new_tokens=task.cfg.max_len, room=task.cfg.max_len, seed=seed)
     return [(data.make_row(p, r),) for p, r in zip(prompts, responses)]
 
 
@@ -468,6 +518,7 @@ def measure(logps, ref_logps, units, extras=None):
     named = {"logps": lambda: logps[:, 0], "logratios": lambda: logps[:, 0] - ref_logps[:, 0],
              "desirable": lambda: column((u[0].desirable for u in units), torch.bool),
              "target_logps": lambda: logps[:, 2],
+             "chosen_rewards": lambda: logps[:, 0], "rejected_rewards": lambda: logps[:, 1],          # of a reward model, whose rows count their last token
              "preferred": lambda: column((u[0].desirable for u in units), torch.bool),
              "score_gap": lambda: column(u[0].score - u[1].score for u in units)}
     for k, side in enumerate(("chosen", "rejected")):
@@ -513,6 +564,8 @@ def n_trained(row):
 def diagnostics(logps, ref_logps, batch, units, task, shared):
     """Metrics over the global batch, named as TRL's dashboards name them. A class that is absent gives None, never NaN."""
     logps, ref_logps = logps[:, :2], None if ref_logps is None else ref_logps[:, :2]                  # SLiC's third response is neither
+    if "chosen_rewards" in task.wants:                                                                # a reward model says rewards itself
+        ref_logps = torch.zeros_like(logps)
     up = torch.tensor([[row.desirable for row in units[i][:2]] for i in batch.rows])                  # (B, S), as logps
     mean = lambda x, where: float(x[where].mean()) if where.any() else None                                    # noqa: E731
     out = {"logps/chosen": mean(logps, up), "logps/rejected": mean(logps, ~up)}
@@ -548,7 +601,7 @@ def check_first_step(m, predicted, cfg, apart):
 
 def predicted_first_loss(batch, units, task):
     """The loss at pi = pi_ref, from the loss function itself at log-ratios of 0; None where it depends on the log-probs."""
-    if {"logps", "chosen_logps", "rejected_logps", "chosen_weight"} & set(task.wants):
+    if {"logps", "chosen_logps", "rejected_logps", "chosen_weight", "advantages"} & set(task.wants):
         return None
     some = [units[i] for i in batch.rows]
     zeros = torch.zeros(len(some), len(some[0]), dtype=torch.float64)
@@ -566,7 +619,8 @@ def example_values(n):
                                                                                     ("kl", zero), ("weight", one))}
     return {"logps": -one, "logratios": zero, "desirable": yes, "kl_logratios": zero[:0], "entropy": one, "reward_shift": zero.sum(),
             "mean_len": one.mean(), "score_gap": one, "preferred": yes, "margin_mean": zero.sum(), "batch_margin_mean": zero.sum(),
-            "ref_chosen_logps": -one, "ref_rejected_logps": -one, "target_logps": -one, **sides}
+            "ref_chosen_logps": -one, "ref_rejected_logps": -one, "target_logps": -one, "chosen_rewards": zero, "rejected_rewards": zero,
+            **{name: zero for name in ("token_logps", "values", "old_token_logps", "old_values", "advantages", "returns")}, "mask": one, **sides}
 
 
 # --- a run ------------------------------------------------------------------------------------------------------------
@@ -616,7 +670,7 @@ def run(argv, held):
     n_d, n_u = (sum(row.desirable is side for u in units for row in u) for side in (True, False))
     balance = set_lambdas(hyper, n_d, n_u, cfg.lambda_ratio)
     own, hyper = hyper, {k: v[0] if isinstance(v, list) else v for k, v in hyper.items() if k in signature(loss)[1]}           # a list: one for each stage
-    task = Task(cfg, group, loss, hyper, z0, source.tokenizer.eot)
+    task = Task(cfg, group, loss, hyper, z0, source.tokenizer, own)
     if task.needs_partners and len({u[0].prompt_key for u in units}) < 2:
         raise SystemExit(f"--data {' '.join(cfg.data)}: all rows have one prompt, as the model sees it (--max_prompt_len {cfg.max_prompt_len}); "
                          "z0 is estimated from mismatched pairs, which need two: give --z0 zero or more prompts")
@@ -629,19 +683,21 @@ def run(argv, held):
         cfg.init, cfg.ref = cfg.init or old["init"], cfg.ref or old["ref"]
     base = cfg.model or (cfg.init if cfg.init and cfg.ref else base_model(cfg, group, source))
     cfg.init, cfg.ref = cfg.init or base, cfg.ref or base
-    policy = load(named if cfg.init == cfg.model and named else cfg.init, cfg, group, lora=cfg.lora, seed=cfg.seed)          # an adapter names its base
+    policy = learner(cfg.loss, named if cfg.init == cfg.model and named else cfg.init, cfg, group)                           # an adapter names its base
     if cfg.checkpoint_activations:
         policy.checkpoint_activations()
-    if cfg.save == "adapter" and policy.sft_adapter:
+    if cfg.save == "adapter" and actor(policy).sft_adapter:
         raise SystemExit(f"--save adapter: the new adapter would stand on {named} merged into its base, which no adapter folder can say; save it merged")
-    if policy.context < cfg.max_len:
+    if actor(policy).context < cfg.max_len:
         raise SystemExit(f"--max_len {cfg.max_len}: the model in {cfg.init} has a context of {policy.context} tokens")
-    if source.tokenizer.vocab_size > policy.vocab_size:
-        raise SystemExit(f"--model {cfg.init}: its tokenizer has {source.tokenizer.vocab_size} tokens, its embedding only {policy.vocab_size}")
+    if source.tokenizer.vocab_size > actor(policy).vocab_size:
+        raise SystemExit(f"--model {cfg.init}: its tokenizer has {source.tokenizer.vocab_size} tokens, its embedding only {actor(policy).vocab_size}")
+    if "advantages" in task.wants:
+        task.reward = ppo.load_reward(own["reward"], source.tokenizer, device=group.device)
     use_threads(policy)
     group.say(f"policy: {cfg.init}, {sum(p.numel() for p in policy.parameters()):,} weights" + (f", {sum(p.numel() for _, p in trained(policy)):,} of them trained (rank {cfg.lora})" if cfg.lora else "")
-              + (f" | sharded over {group.size} processes" if cfg.fsdp else "") + ("" if policy.flat else " | rows are padded: this architecture does not keep flat ones apart")
-              + ("" if getattr(policy, "chunked", True) else " | logits are held whole: this head is not a plain product")
+              + (f" | sharded over {group.size} processes" if cfg.fsdp else "") + ("" if actor(policy).flat else " | rows are padded: this architecture does not keep flat ones apart")
+              + ("" if getattr(actor(policy), "chunked", True) else " | logits are held whole: this head is not a plain product")
               + (f" | reference: {cfg.ref}" if task.needs_reference and recipe.get("reference") != "none" else " | no reference needed")
               + (f" | {stages} stages of {cfg.steps} steps, each against the policy of the one before" if stages > 1 else ""))
     seconds = {"base": time.perf_counter() - clock}
@@ -661,25 +717,25 @@ def run(argv, held):
     for stage in range(done // cfg.steps, stages):
         first = max(0, done - stage * cfg.steps)
         if stage and not (out / f"stage-{stage}").exists():
-            save_model(policy, out / f"stage-{stage}.tmp", group, eot=task.eot)  # what this stage is compared with: the last one's policy
+            save_model(actor(policy), out / f"stage-{stage}.tmp", group, eot=task.tokenizer.eot)  # what this stage is compared with: the last one's policy
             if group.rank == 0:
                 os.replace(out / f"stage-{stage}.tmp", out / f"stage-{stage}")
         group.barrier()
         task = replace(task, cfg=replace(cfg, ref=str(out / f"stage-{stage}") if stage else cfg.ref),
                        hyper=hyper | {k: v[stage] for k, v in own.items() if isinstance(v, list)})
         some = stage_units(units, stage, stages, recipe, own, task, source.tokenizer, cfg.ref, policy)
-        reference, optimizer = reference_for(some, recipe, own, task, None if stage or cfg.fsdp and done else policy), make_optimizer(policy, cfg)
+        reference, optimizer = reference_for(some, recipe, own, task, None if stage or cfg.fsdp and done else actor(policy)), make_optimizer(policy, cfg)
         if first:
             load_checkpoint(out / "checkpoint", policy, optimizer, reference)
         prompts = [u[0].prompt_key for u in some]
-        apart = stage == 0 and (recipe.get("reference") == "none" or Path(cfg.init).resolve() != Path(cfg.ref).resolve())
+        apart = stage == 0 and (recipe.get("reference") == "none" or Path(cfg.init).resolve() != Path(cfg.ref).resolve() or getattr(policy, "trained_before", False))
         if cfg.dry_run:
             return dry_run(policy, reference, optimizer, some, prompts, task, apart)
         if cfg.fsdp and type(reference) is Reference:
             reference.ahead(first, task.needs_partners)
         loop(policy, reference, optimizer, some, prompts, task, source, range(first, cfg.steps), running, apart, stage, stages)
     seconds |= {"align": time.perf_counter() - clock, "align_cpu": time.process_time() - cpu}
-    save_model(policy, out / "model", group, eot=source.tokenizer.eot, **({"adapter": True} if cfg.save == "adapter" else {}))
+    save_model(actor(policy), out / "model", group, eot=source.tokenizer.eot, **({"adapter": True} if cfg.save == "adapter" else {}))
     if cfg.fsdp:                                                                 # what follows is one process's work, with whole models
         policy = reference = optimizer = None
         cfg.fsdp = False
@@ -687,9 +743,12 @@ def run(argv, held):
     if group.rank == 0:
         source.tokenizer.save(out / "model")
         try:
-            policy = policy or load(out / "model", cfg, group)
-            reference = frozen_reference(cfg, group, policy)
-            source.report(policy, reference, seconds)
+            policy = actor(policy or load(out / "model", cfg, group))
+            if isinstance(policy, ppo.RewardModel):
+                evaluate.report_rewards({"train": ppo.accuracy(policy, units[:2000]), "eval": ppo.accuracy(policy, source.held_out())}, cfg, seconds)
+            else:
+                reference = frozen_reference(cfg, group, policy)
+                source.report(policy, reference, seconds)
             if judge:
                 rows = evaluate.compare(out, record, lambda: (policy, reference, source.tokenizer), seed=cfg.seed, device=group.device)
                 print(evaluate.win_rate_lines(evaluate.judge_comparison(out, record, rows, judge, cfg.judge)))
@@ -700,6 +759,18 @@ def run(argv, held):
         found = json.loads((out / "eval.json").read_text()) if (out / "eval.json").is_file() else {}
         (out / "model" / "README.md").write_text(evaluate.model_card(record, found))
     group.until_first_is_done()
+
+
+def learner(loss, folder, cfg, group):
+    """What is trained from the model in `folder`: a policy; a reward model; or a policy and its critic, as one module."""
+    if loss == "rm":
+        return ppo.RewardModel.load(folder, new=True, device=group.device, dtype=DTYPES[cfg.dtype], flag="model")
+    policy = load(folder, cfg, group, lora=cfg.lora, seed=cfg.seed)
+    return ppo.ActorCritic(policy, ppo.Critic.load(folder, new=True, device=group.device, dtype=DTYPES[cfg.dtype], flag="model")) if loss == "ppo" else policy
+
+
+def actor(policy):
+    return policy.policy if isinstance(policy, ppo.ActorCritic) else policy
 
 
 def reference_for(units, recipe, own, task, policy):
@@ -747,6 +818,8 @@ def with_samples(units, path, task, tokenizer, policy, desirable):
 def examples_for(loss, recipe, source, cfg, hyper):
     """The units this loss learns from, checked for what its signature asks of the data, and with the recipe's mask."""
     wants, units = signature(loss)[0], source.units
+    if "advantages" in wants:                                                   # it writes its own responses: each prompt once
+        return list({u[0].prompt_key: u[:1] for u in units}.values())
     imitates = recipe.get("stages") == "self-play" or not is_paired(wants) and "desirable" not in wants
     if imitates:                                                                # it knows no labels: good rows only
         units = [u for u in units if u[0].desirable]
@@ -765,6 +838,8 @@ def examples_for(loss, recipe, source, cfg, hyper):
         raise SystemExit(f"{u[0].where}: --slic_target data needs the column target")
     if target != "data":
         units = [(*u[:2], u[0]) if target == "chosen" else u[:2] for u in units]
+    if "chosen_rewards" in wants:
+        return [tuple(map(ppo.last_token, u)) for u in units]
     return [data.length_desensitised(u, hyper["ld_alpha"]) for u in units] if "ld_alpha" in hyper else units
 
 
@@ -777,7 +852,7 @@ def loop(policy, reference, optimizer, units, prompts, task, source, steps, runn
     try:
         for step in steps:
             batch = data.batch_at(prompts, cfg.batch_size, seed=cfg.seed, step=step)
-            m = train_step(policy, reference, optimizer, batch, units, task, running)
+            m = (ppo_step if "advantages" in task.wants else train_step)(policy, reference, optimizer, batch, units, task, running)
             if isinstance(reference, MovingReference):
                 reference.after_step(policy, step)
             # -------------------------------------------------------------------------- everything below is diagnostics
@@ -786,7 +861,7 @@ def loop(policy, reference, optimizer, units, prompts, task, source, steps, runn
             if step == 0:
                 group.say(check_first_step(m, predicted_first_loss(batch, units, task), cfg, apart))
             if cfg.eval_every and (step + 1) % cfg.eval_every == 0 and group.rank == 0:
-                m |= {f"eval/{k}": v for k, v in source.quick(policy, frozen_reference(cfg, group, policy)).items()}
+                m |= {f"eval/{k}": v for k, v in source.quick(actor(policy), frozen_reference(cfg, group, actor(policy))).items()}
             log.write(json.dumps(m) + "\n")
             log.flush()
             bar = bar or group.bar(total, f"{cfg.loss}, step", initial=before + step)
@@ -849,10 +924,11 @@ def dry_run(policy, reference, optimizer, units, prompts, task, apart):
     cfg, group, steps = task.cfg, task.group, task.cfg.steps
     cfg.steps = 1                                                                    # only the reference's first slices
     batch = data.batch_at(prompts, cfg.batch_size, seed=cfg.seed, step=0)
-    m = train_step(policy, reference, optimizer, batch, units, task, {}, update=False)
+    step = ppo_step if "advantages" in task.wants else train_step
+    m = step(policy, reference, optimizer, batch, units, task, {}, update=False)
     group.say(check_first_step(m, predicted_first_loss(batch, units, task), cfg, apart))
     clock = time.perf_counter()
-    train_step(policy, reference, optimizer, batch, units, task, {}, update=False)      # again, now that everything is warm
+    step(policy, reference, optimizer, batch, units, task, {}, update=False)            # again, now that everything is warm
     per_step, clock = time.perf_counter() - clock, time.perf_counter()
     score(policy, [units[i] for i in batch.rows], cfg, group.device)
     per_row = (time.perf_counter() - clock) / len(batch.rows) / group.size
@@ -883,6 +959,7 @@ class Source:
     hint: object                                  # a line of advice, or None
     shape: object                                 # GPTConfig of the base model
     stages: object                                # () -> [(what, rows, settings)] that train the base model
+    held_out: object                              # () -> units that nothing was trained on
     quick: object                                 # (policy, reference) -> a few numbers, every --eval_every steps
     report: object                                # (policy, reference, seconds): eval.json, pictures, the end of the story
 
@@ -922,12 +999,12 @@ def world_source(cfg, paired, recipe):
     def judge(policy, reference, **how):
         return evaluate.evaluate_world(policy, reference, tokenizer, seed=cfg.seed, sessions=sessions, **how)
 
-    feedback = f"{counts['pairs']:,} pairs of sessions" if sessions else f"{counts['read']:,} replies of an expert" if expert else f"{counts['pairs']:,} pairs" if paired else f"{counts['desirable']:,} thumbs up and {counts['undesirable']:,} thumbs down"
+    feedback = "rewards for its own replies" if cfg.loss == "ppo" else f"{counts['pairs']:,} pairs of sessions" if sessions else f"{counts['read']:,} replies of an expert" if expert else f"{counts['pairs']:,} pairs" if paired else f"{counts['desirable']:,} thumbs up and {counts['undesirable']:,} thumbs down"
     story = ("task: a help desk learns what its customers like. The true utility of every reply is known, so the result can be checked.\n"
              "      A base model is pretrained and fine-tuned on replies good and bad: the reference. Then alignment starts from it, with\n"
-             f"      {feedback}. All in all about a minute on 2 cores.")
+             f"      {feedback}. All in all about {'three minutes' if cfg.loss == 'ppo' else 'a minute'} on 2 cores.")
     return Source("world", tokenizer, units, counts, "embedded world", story, None, shape,
-                  lambda: list(stages()),
+                  lambda: list(stages()), lambda: encode(data.Pair(**p) for p in world.pairs(2000, cfg.seed + 3, part="report"))[0],
                   lambda policy, reference: {k: v for k, v in judge(policy, reference, part="tune", n=192).items()
                                              if k in ("win_rate", "reward", "kl", "malformed")},
                   lambda policy, reference, seconds: evaluate.report_world(judge, policy, reference, tokenizer, cfg, seconds, sessions))
@@ -943,7 +1020,8 @@ def file_source(cfg, paired, recipe):
     tokenizer = data.load_tokenizer(base or cfg.model or cfg.tokenizer or None, trust_remote_code=cfg.trust_remote_code)
 
     def read(files):
-        examples, name = data.read(files, columns=data.parse_columns(cfg.columns), threshold=cfg.threshold, scored="pairs" if paired else "labels")
+        threshold = 0.0 if cfg.loss == "ppo" and cfg.threshold is None else cfg.threshold                  # it takes the prompts alone
+        examples, name = data.read(files, columns=data.parse_columns(cfg.columns), threshold=threshold, scored="pairs" if paired else "labels")
         if paired and not isinstance(examples[0], data.Pair):
             raise SystemExit(f"--data {' '.join(files)}: --loss {cfg.loss} needs pairs (prompt, chosen, rejected); the file has {name}")
         examples = examples if paired else data.to_feedback(examples)
@@ -972,7 +1050,7 @@ def file_source(cfg, paired, recipe):
 
     return Source("files", tokenizer, units, counts, name, f"task: {' '.join(cfg.data)}",
                   data.cut_hint(data.to_feedback(examples), cfg.add_eot),
-                  model.GPTConfig(vocab_size=tokenizer.vocab_size, context=cfg.max_len, n_layer=4, n_head=4, d_model=128), stages,
+                  model.GPTConfig(vocab_size=tokenizer.vocab_size, context=cfg.max_len, n_layer=4, n_head=4, d_model=128), stages, lambda: held_out_units,
                   lambda policy, reference: margins(policy, reference, (held_out_units or units)[:512]), report)
 
 
@@ -1500,6 +1578,9 @@ def check_settings(cfg, hyper, typed):
             (hyper.get("z0") == "on_policy", "not with --z0 on_policy, which samples at every step from a whole model; estimate, zero or a number"),
             (hyper.get("slic_target") == "sample", "not with --slic_target sample, which samples from a whole model; chosen or data"),
             (world_only and "stages" in RECIPES[cfg.loss] and RECIPES[cfg.loss]["stages"] == "self-play", f"not with --loss {cfg.loss}, which samples from a whole model"))),
+        (cfg.loss == "ppo" and not hyper.get("reward"), "--loss ppo: needs --reward: a folder that --loss rm wrote, or file.py:function(prompts, responses)"),
+        (cfg.loss in ACTING and cfg.fsdp, f"--fsdp: not with --loss {cfg.loss}, which samples or scores with whole models"),
+        (cfg.loss == "rm" and (cfg.lora or cfg.eval_every), f"--loss rm: without {'--lora' if cfg.lora else '--eval_every'}; all weights of a reward model are trained, and it writes nothing"),
         (cfg.save == "adapter" and not cfg.lora, "--save adapter: needs --lora RANK"),
         (cfg.judge and not (cfg.data and cfg.eval_data), "--judge: needs --eval_data FILE, whose prompts both models answer (the embedded world has its own judge)"),
         (cfg.model and not cfg.data, "--model: needs --data FILE, the preferences to align it with"),
@@ -1535,7 +1616,7 @@ def signature(loss):
 
 def find_loss(text):
     if text in LOSSES or text in RECIPES:
-        return LOSSES[RECIPES[text]["loss"] if text in RECIPES else text]
+        return {**LOSSES, **ACTING}[RECIPES[text]["loss"] if text in RECIPES else text]
     if "+" in text or "*" in text:
         return weighted_sum(text)
     raise SystemExit(f"--loss {text}: no such loss; valid are {', '.join([*LOSSES, *RECIPES])}, or a sum such as \"dpo + 0.1*sft\"")

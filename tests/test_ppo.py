@@ -17,7 +17,9 @@ import data
 import evaluate
 import model
 import ppo
+import train
 import world
+from test_train import flags, lab, largest_difference, metrics, pair_flags, pairs, run, tiny_llama, torchrun, weights            # noqa: F401
 
 
 F64 = torch.float64
@@ -628,7 +630,6 @@ def base_model(tmp_path, seed):
     """The folder of the embedded world's SFT model, as train.py makes it (40 CPU s)."""
     if os.environ.get("PPO_BASES"):                                                                    # made before: folder0,folder1,folder2
         return os.environ["PPO_BASES"].split(",")[seed]
-    import train
     train.main(["--loss", "kto", "--steps", "1", "--seed", str(seed), "--out", str(tmp_path / "kto")])
     return json.loads((tmp_path / "kto" / "config.json").read_text())["ref"]
 
@@ -641,6 +642,82 @@ def test_ppo_with_the_true_utility_comes_to_the_exact_frontier(tmp_path, seed):
     assert 0.8 <= r["kl"] <= 1.2
     assert 0.9 * r["optimum"] <= r["reward"] <= r["optimum"] + 0.15
     assert history[-1]["explained_variance"] > 0.5 and history[-1]["ended"] > 0.99
+
+
+# --- through train.py ---------------------------------------------------------------------------------------------------
+
+def rewards_file(folder, body="[r.count('a') - 0.1 * len(r) for r in responses]"):
+    (folder / "reward.py").write_text(f"def reward(prompts, responses):\n    return {body}\n")
+    return f"{folder / 'reward.py'}:reward"
+
+
+def ppo_flags(lab, folder, out, *more, steps=3):
+    return flags(lab, out, "--reward", rewards_file(folder), "--minibatches", 2, "--ppo_epochs", 2, *more, loss="ppo", steps=steps)
+
+
+def test_a_step_of_ppo_is_the_same_for_any_micro_batch_and_on_two_processes(lab, tmp_path):
+    """float64: every process samples all rows from noise that is a function of (seed, step, row, position), so nothing depends on the split."""
+    run(*ppo_flags(lab, tmp_path, tmp_path / "one"))
+    run(*ppo_flags(lab, tmp_path, tmp_path / "micro", "--micro_batch_size", 1))
+    done = torchrun(2, *ppo_flags(lab, tmp_path, tmp_path / "two", "--micro_batch_size", 2))
+    assert done.returncode == 0, done.stderr[-2000:]
+    one = metrics(tmp_path / "one")
+    assert one[-1]["kl/old"] > 0 and one[0]["updates"] == 4 and all(m["grad_norm"] > 0 for m in one)
+    for name in ("micro", "two"):
+        assert largest_difference(weights(tmp_path / "one"), weights(tmp_path / name)) < 1e-10          # sums in another order, through AdamW
+        for a, b in zip(one, metrics(tmp_path / name)):
+            assert all(a[k] == pytest.approx(b[k], abs=1e-9) for k in ("loss", "grad_norm", "reward", "kl/k1", "explained_variance", "clip_fraction"))
+
+
+def test_ppo_raises_the_reward_it_is_given_and_resumes_with_the_same_bytes(lab, tmp_path, monkeypatch):
+    words = ("--save_every", 3, "--dtype", "fp32", "--lr", "1e-2", "--kl_coef", "0.01", "--batch_size", 7)          # the file has 7 prompts
+    run(*ppo_flags(lab, tmp_path, tmp_path / "whole", *words, steps=12))
+    m = metrics(tmp_path / "whole")
+    assert np.mean([x["reward"] for x in m[-3:]]) > np.mean([x["reward"] for x in m[:3]])
+    real = train.ppo_step
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "ppo_step", lambda p, r, o, b, *a, **k: real(p, r, o, b, *a, **k) if b.step < 7 else 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            run(*ppo_flags(lab, tmp_path, tmp_path / "parts", *words, steps=12))
+    run(*ppo_flags(lab, tmp_path, tmp_path / "parts", *words, "--resume", steps=12))
+    assert (tmp_path / "whole/model/model.safetensors").read_bytes() == (tmp_path / "parts/model/model.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize("body, message", [("[1.0]", "returned 1 numbers for"), ("[float('nan')] * len(responses)", "returned nan for the response"),
+                                           ("1 / 0", "raised ZeroDivisionError")])
+def test_a_reward_function_that_does_not_do_its_job_is_one_line(lab, tmp_path, body, message):
+    words = ppo_flags(lab, tmp_path, tmp_path / "run")
+    rewards_file(tmp_path, body)
+    with pytest.raises(SystemExit, match=message) as e:
+        run(*words)
+    assert "--reward" in e.value.code and "\n" not in e.value.code
+
+
+def test_a_reward_model_from_the_command_line_is_a_reward_for_ppo(lab, pairs, tmp_path, capsys):
+    run(*pair_flags(pairs, tmp_path / "rm", "rm", "--dtype", "fp32", "--eval_data", pairs / "pairs.jsonl", steps=60))
+    m = metrics(tmp_path / "rm")
+    assert m[0]["loss"] == pytest.approx(math.log(2), abs=1e-6) and m[-1]["rewards/accuracies"] > 0.8
+    result = json.loads((tmp_path / "rm/eval.json").read_text())
+    assert result["train"] == result["eval"] and result["train"]["accuracy"] > 0.8
+    run(*flags(lab, tmp_path / "ppo", "--reward", tmp_path / "rm/model", "--dtype", "fp32", loss="ppo", steps=2))
+    assert all(math.isfinite(x["reward"]) and x["reward"] != 0 for x in metrics(tmp_path / "ppo"))
+
+
+@pytest.fixture(scope="module")
+def llama(lab, tmp_path_factory):
+    return tiny_llama(tmp_path_factory.mktemp("llama") / "model", open(lab / "rows.jsonl").read().split("\n"))
+
+
+def test_a_hugging_face_model_becomes_a_reward_model_and_another_is_trained_on_it(lab, pairs, llama, tmp_path):
+    from transformers import AutoModelForSequenceClassification
+    run("--loss", "rm", "--model", llama, "--data", pairs / "pairs.jsonl", "--out", tmp_path / "rm", "--steps", 5, "--lr", "1e-2", "--batch_size", 8)
+    assert metrics(tmp_path / "rm")[0]["loss"] == pytest.approx(math.log(2), abs=1e-6)
+    assert AutoModelForSequenceClassification.from_pretrained(tmp_path / "rm/model").config.num_labels == 1
+    run("--loss", "ppo", "--model", llama, "--data", lab / "rows.jsonl", "--reward", tmp_path / "rm/model", "--out", tmp_path / "ppo", "--steps", 2, "--lr", "1e-3",
+        "--max_len", 40, "--batch_size", 7)
+    assert all(math.isfinite(m["loss"]) for m in metrics(tmp_path / "ppo"))
+    with pytest.raises(SystemExit, match="its tokenizer is not the policy's"):
+        run(*flags(lab, tmp_path / "other", "--reward", tmp_path / "rm/model", loss="ppo", steps=1))
 
 
 REWARD_MODEL = dict(steps=500, batch_size=32, lr=4e-3)

@@ -229,6 +229,20 @@ def test_it_resumes_on_more_processes_from_the_checkpoint_before_a_damaged_one(l
     assert [m["step"] for m in metrics(lab / "dies4")] == list(range(5))
 
 
+@pytest.mark.filterwarnings("ignore")                                               # torch says that there is one process only
+def test_a_checkpoint_without_the_file_of_one_process_gives_way_to_the_one_before(lab, runs, tmp_path, capsys):
+    """torch itself would load what is there, and leave the rest of the tensor as it was."""
+    shutil.copytree(lab / "two/gpt/checkpoint", tmp_path / "checkpoint")
+    policy, trained = model.load_policy(lab / "gpt", dtype=torch.float64), model.load_policy(lab / "two/gpt/model", dtype=torch.float64)
+    assert train.load_shards(tmp_path / "checkpoint", policy)[0] == 5
+    assert all(torch.equal(p, q) for p, q in zip(policy.parameters(), trained.parameters())), "and one process reads what two have written"
+    next((tmp_path / "checkpoint/step-000005").glob("*.safetensors")).unlink()
+    assert train.load_shards(tmp_path / "checkpoint", policy)[0] == 4 and "step-000005 is damaged" in capsys.readouterr().err
+    (tmp_path / "checkpoint/step-000004/state.json").write_text("{")
+    with pytest.raises(SystemExit, match="none of the checkpoints"):
+        train.load_shards(tmp_path / "checkpoint", policy)
+
+
 def test_a_full_disk_stops_all_processes_in_one_line_and_leaves_the_checkpoint_before(lab, runs):
     line, = runs["disk"]["stopped"]
     assert "step-000004: the checkpoint cannot be written" in line and "No space left" in line and "\n" not in line

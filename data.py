@@ -705,26 +705,45 @@ class Flat(NamedTuple):
     """Sequences end to end, on the device: what a policy's forward takes, and what turns its answer into one number each."""
     ids: torch.Tensor                                # (N,)
     positions: torch.Tensor                          # (N,)
-    lengths: list                                    # (B,)
+    lengths: list                                    # (B,), or less: a prompt with several responses is one (p, n_1, n_2, ...)
     predict: torch.Tensor                            # (M,) the token before each token with mask > 0
     targets: torch.Tensor                            # (M,)
     mask: torch.Tensor                               # (M,) its weight
     sequence: torch.Tensor                           # (M,) whose it is
+    rows: int                                        # B
 
     def sums(self, logps):
         """sum_t mask_t log pi(y_t | x, y_<t) of each sequence.   (M,) -> (B,)"""
-        return logps.new_zeros(len(self.lengths)).index_add(0, self.sequence, logps * self.mask.to(logps.dtype))
+        return logps.new_zeros(self.rows).index_add(0, self.sequence, logps * self.mask.to(logps.dtype))
 
 
-def flatten(rows, device="cpu"):
-    ids, mask = np.concatenate([r.ids for r in rows]), np.concatenate([r.mask for r in rows])
-    lengths = [len(r.ids) for r in rows]
+def flatten(rows, device="cpu", share=False):
+    """Rows end to end. share: consecutive rows with one prompt become [x][y_1][y_2]...; the prompt is there, and computed, once."""
+    lengths, parts, at, prompt_end = [], [], 0, 0
+    for i, r in enumerate(rows):
+        cut = r.n_prompt if share and i and may_share(rows[i - 1], r) else 0
+        n = len(r.ids) - cut
+        before = np.arange(at - 1, at - 1 + n)                          # the token that predicts each token: the one to its left,
+        if cut:                                                         # for a response's first the prompt's last
+            before[0] = prompt_end
+            lengths[-1] = (*lengths[-1], n) if isinstance(lengths[-1], tuple) else (cut, lengths[-1] - cut, n)
+        else:
+            prompt_end = at + r.n_prompt - 1
+            lengths.append(n)
+        parts.append((r.ids[cut:], r.mask[cut:], np.arange(cut, len(r.ids)), before, np.full(n, i)))
+        at += n
+    ids, mask, positions, before, sequence = (np.concatenate(column) for column in zip(*parts))
     trained = np.flatnonzero(mask)
-    columns = (ids, np.concatenate([np.arange(n) for n in lengths]), trained - 1, ids[trained], mask[trained],
-               np.repeat(np.arange(len(rows)), lengths)[trained])
+    columns = (ids, positions, before[trained], ids[trained], mask[trained], sequence[trained])
     ids, positions, predict, targets, mask, sequence = (
         torch.from_numpy(c if c.dtype == np.float32 else c.astype(np.int64)).to(device) for c in columns)
-    return Flat(ids, positions, lengths, predict, targets, mask, sequence)
+    return Flat(ids, positions, lengths, predict, targets, mask, sequence, len(rows))
+
+
+def may_share(first, row):
+    """Has `row` the prompt of `first`, and does nothing in it train? Then its response can follow theirs."""
+    p = row.n_prompt
+    return 0 < p < len(row.ids) and p == first.n_prompt and np.array_equal(row.ids[:p], first.ids[:p]) and not row.mask[:p].any()
 
 
 def token_batches(rows, budget):

@@ -753,7 +753,7 @@ def summary(runs):
     columns = {"win rate": lambda r: r["win_rate"], "best win rate at this KL": lambda r: r["optimum_at_same_kl"]["win_rate"],
                "true utility": lambda r: r["reward"], "best utility at this KL": lambda r: r["optimum_at_same_kl"]["reward"],
                "KL, nats": lambda r: r["kl"], "malformed": lambda r: r["malformed"], "greedy utility": lambda r: r["reward_greedy"],
-               "seconds": lambda r: sum(r["seconds"][k] for k in ("base", "align", "evaluate"))}
+               "seconds": lambda r: sum(v for k, v in r["seconds"].items() if k != "align_cpu")}
     lines = ["| run | " + " | ".join(columns) + " |", "|---" * (len(columns) + 1) + "|"]
     for run, r in zip(runs, results):
         cells = [f"{f(r):.3f}" if name != "seconds" else f"{f(r):.0f}" for name, f in columns.items()]

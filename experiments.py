@@ -40,7 +40,8 @@ def methods(names, seeds, out):
             own = {k: config[k] for k in ("lr", "steps", "batch_size", *train.signature(train.find_loss(name))[1]) if k in config}
             entry = results.setdefault(name, {"settings": own, "runs": []})
             entry["runs"] = [x for x in entry["runs"] if x["seed"] != seed] + [
-                {"seed": seed, **{k: r[k] for k in KEPT}, "win_rate_ci95": r["win_rate_ci95"], "best": r["optimum_at_same_kl"]["reward"], "commit": config["commit"]}]
+                {"seed": seed, **{k: r[k] for k in KEPT}, "win_rate_ci95": r["win_rate_ci95"], "best": r["optimum_at_same_kl"]["reward"],
+                 "seconds": r["seconds"]["align_cpu"], "commit": config["commit"]}]
             path.parent.mkdir(exist_ok=True)
             path.write_text(json.dumps(results, indent=1) + "\n")
             print(f"{name}, seed {seed}: win rate {r['win_rate']:.3f}, true utility {r['reward']:+.2f}, KL {r['kl']:.2f}", flush=True)
@@ -49,16 +50,16 @@ def methods(names, seeds, out):
 
 def methods_table(results):
     """Mean +- standard deviation over seeds, best win rate first."""
-    lines = ["| `--loss` | win rate | true utility | best possible at this KL | KL, nats | malformed | beta, lr |", "|---|---|---|---|---|---|---|"]
+    lines = ["| `--loss` | win rate | true utility | best possible at this KL | KL, nats | malformed | CPU s | beta, lr |", "|---|---|---|---|---|---|---|---|"]
     for name, entry in sorted(results.items(), key=lambda x: -np.mean([r["win_rate"] for r in x[1]["runs"]])):
         def both(key, digits):
             x = [r[key] for r in entry["runs"]]
             return f"{np.mean(x):.{digits}f} +- {np.std(x, ddof=1):.{digits}f}" if len(x) > 1 else f"{x[0]:.{digits}f}"
 
         s = entry["settings"]
-        knob = next((f"{k} {s[k]:g}" for k in ("beta", "tau", "lam") if k in s), "")
+        knob = ", ".join(f"{k} {s[k]:g}" for k in ("beta", "tau", "gamma", "delta", "lam") if k in s)
         lines.append(f"| `{name}` | {both('win_rate', 3)} | {both('reward', 2)} | {np.mean([r['best'] for r in entry['runs']]):.2f} | {both('kl', 2)} | "
-                     f"{both('malformed', 2)} | {knob}{', ' if knob else ''}{s['lr']:g} |")
+                     f"{both('malformed', 2)} | {np.mean([r['seconds'] for r in entry['runs']]):.0f} | {knob}{', ' if knob else ''}{s['lr']:g} |")
     return "\n".join(lines)
 
 

@@ -32,6 +32,7 @@ import sys
 import tempfile
 import threading
 import time
+import uuid
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import timedelta
@@ -165,17 +166,19 @@ def train_step(policy, reference, optimizer, batch, units, task, running, *, upd
     """
     cfg, group, start = task.cfg, task.group, time.perf_counter()
     n = len(batch.rows)
-    shared = measure_shared(policy, reference, batch, units, task, running)
+    mine = list(range(group.rank, n, group.size))                                       # this rank's share of the global batch
+    parts = micro_batches(mine, batch, units, cfg, policy.token_budget)
+    ahead = both_logps(policy, batch, mine, units, cfg, group.device) if task.needs_partners and policy.shares_prompts and not sharded(policy) and len(parts) == 1 else None
+    shared = measure_shared(policy, reference, batch, units, task, running, ahead and ahead[1])
     ref_logps = reference.matched(batch) if task.needs_reference else None
     table = torch.zeros(2 + len(units[0]), n, dtype=torch.float64)                      # loss, tokens, log pi of each response
-    mine = list(range(group.rank, n, group.size))                                       # this rank's share of the global batch
     extra = full_vocabulary(task.wants, reference, cfg, group.device)
-    for part in in_step(micro_batches(mine, batch, units, cfg, policy.token_budget), policy, group):
+    for part in in_step(parts, policy, group):
         if not part:                                                                    # nothing left of its own: it adds 0
             (0 * logps_of(policy, [units[batch.rows[0]]], cfg, group.device)[0].sum()).backward()
             continue
         some = [units[batch.rows[i]] for i in part]
-        logps, tokens = logps_of(policy, some, cfg, group.device, extra)
+        logps, tokens = ahead[0] if ahead else logps_of(policy, some, cfg, group.device, extra)
         logps, extras = (logps, None) if extra is None else (logps[0], logps[1:])
 
         def to(x):                                                                      # cast first: Apple's GPUs have no float64
@@ -249,16 +252,29 @@ def make_optimizer(policy, cfg):
 # --- measuring: which numbers a loss gets, and what they are compared with --------------------------------------------
 
 def logps_of(policy, units, cfg, device, extra=None):
-    """(log pi of each response (b, S), tokens in the forward): the masked sums that every loss is made of.
+    """(log pi of each response (b, S), tokens of all rows, shared prompts counted as often as they are used): the masked sums that every loss is made of.
 
     A unit is what one example of the loss consists of: (row,), or (chosen, rejected). S is its size. With `extra`, a function
-    of the flat row that measures more per position, the sums of those too: (1 + k, b, S).
+    of the rows that measures more per position, the sums of those too: (1 + k, b, S).
     """
-    flat = data.flatten([row for unit in units for row in unit], device)
+    rows = [row for unit in units for row in unit]
+    flat = data.flatten(rows, device, policy.shares_prompts)
     with precision(cfg, device):
-        values = policy(flat.ids, flat.positions, flat.lengths, flat.predict, flat.targets, extra and extra(flat))
+        values = policy(flat.ids, flat.positions, flat.lengths, flat.predict, flat.targets, extra and extra(rows))
     sums = flat.sums(values) if extra is None else torch.stack([flat.sums(v) for v in values])
-    return sums.unflatten(-1, (len(units), -1)), len(flat.ids)
+    return sums.unflatten(-1, (len(units), -1)), sum(len(row.ids) for row in rows)
+
+
+def both_logps(policy, batch, mine, units, cfg, device):
+    """(what logps_of says of this rank's examples, log pi(y'|x) of their mismatched pairs without gradient): x is computed once for both.
+
+    Only where these are all the rank's examples: of several micro-batches the first could not go backward before z0 is known from all.
+    """
+    rows, pairs = [units[batch.rows[i]][0] for i in mine], [u[0] for u in mismatched_units(units, batch, cfg)]
+    flat, other = data.flatten(rows, device), data.flatten([pairs[i] for i in mine], device)
+    with precision(cfg, device):
+        logps, kl_logps = policy.forward_beside(flat, other, [r.n_prompt for r in rows])
+    return (flat.sums(logps)[:, None], len(flat.ids)), other.sums(kl_logps)[:, None].cpu().double()
 
 
 def precision(cfg, device):
@@ -274,12 +290,15 @@ def score(policy, units, cfg, device):
     return torch.cat(parts) if parts else torch.zeros(0, 1, dtype=torch.float64)
 
 
-def score_over_ranks(policy, units, cfg, group):
-    """The same for one global batch, each rank scoring its share; the whole table on every rank.   -> (B, S)"""
+def score_over_ranks(policy, units, cfg, group, known=None):
+    """The same for one global batch, each rank scoring its share (`known`: it has, already); the whole table on every rank.   -> (B, S)"""
     table = torch.zeros(len(units), len(units[0]), dtype=torch.float64)
     mine = list(range(group.rank, len(units), group.size))
-    for part in in_step([mine[p.start:p.stop] for p in data.token_batches([units[i] for i in mine], policy.token_budget)], policy, group):
+    parts = [mine[p.start:p.stop] for p in data.token_batches([units[i] for i in mine], policy.token_budget)] if known is None else []
+    for part in in_step(parts, policy, group):
         table[part] = score(policy, [units[i] for i in part] or units[:1], cfg, group.device)[:len(part)]
+    if known is not None:
+        table[mine] = known
     return group.sum(table)
 
 
@@ -406,8 +425,11 @@ def on_policy_units(policy, rows, task, seed):
     return [(data.make_row(p, r),) for p, r in zip(prompts, responses)]
 
 
-def measure_shared(policy, reference, batch, units, task, running):
-    """What must be known of the WHOLE global batch before the first backward, by name; no gradient, equal on every rank."""
+def measure_shared(policy, reference, batch, units, task, running, kl_logps=None):
+    """What must be known of the WHOLE global batch before the first backward, by name; no gradient, equal on every rank.
+
+    kl_logps: this rank's part of log pi(y'|x), where that is known already.
+    """
     cfg, group, wants, shared = task.cfg, task.group, set(task.wants), {}
     if "kl_logratios" in wants and task.z0 == "on_policy":                # E_{y ~ pi} log pi / pi_ref, one sample per prompt: unbiased
         own = on_policy_units(policy, [units[i][0] for i in batch.rows], task, seed=[cfg.seed, batch.step])
@@ -415,7 +437,7 @@ def measure_shared(policy, reference, batch, units, task, running):
     elif "kl_logratios" in wants and task.z0 != "estimate":
         shared["kl_logratios"] = torch.tensor([] if task.z0 == "zero" else [task.z0], dtype=torch.float64)
     elif {"kl_logratios", "entropy"} & wants:
-        kl_logps = score_over_ranks(policy, mismatched_units(units, batch, cfg), cfg, group)[:, 0]
+        kl_logps = score_over_ranks(policy, mismatched_units(units, batch, cfg), cfg, group, kl_logps)[:, 0]
         if "kl_logratios" in wants:
             shared["kl_logratios"] = kl_logps - reference.mismatched(batch)
         if "entropy" in wants:
@@ -459,7 +481,7 @@ def measure(logps, ref_logps, units, extras=None):
 
 
 def full_vocabulary(wants, reference, cfg, device):
-    """The `extra` of logps_of for losses that look at whole next-token distributions, or None.   -> flat -> (logits, y, rows) -> (2, m)
+    """The `extra` of logps_of for losses that look at whole next-token distributions, or None.   -> rows -> (logits, y, slice) -> (2, m)
 
     Chunk by chunk: the reference's hidden states are kept, never its logits, so no two (M, V) tensors are ever alive.
     """
@@ -467,14 +489,15 @@ def full_vocabulary(wants, reference, cfg, device):
     if not kl and not weight:
         return None
 
-    def of(flat):
-        if kl:
+    def of(rows):
+        if kl:                                                # its own flat row: it may be a model that shares no prompts where the policy does
+            flat = data.flatten(rows, device, reference.live.shares_prompts)
             with torch.no_grad(), precision(cfg, device):
                 hidden = reference.live.hidden(flat.ids, flat.positions, flat.lengths, flat.predict)
 
-        def extra(logits, targets, rows):
+        def extra(logits, targets, part):
             zeros = torch.zeros(len(targets), device=device)
-            return torch.stack([model.position_kl(reference.live.head(hidden[rows]), logits) if kl else zeros,
+            return torch.stack([model.position_kl(reference.live.head(hidden[part]), logits) if kl else zeros,
                                 model.position_confidence(logits, targets) if weight else zeros])
         return extra
 
@@ -514,12 +537,12 @@ def check_first_step(m, predicted, cfg, apart):
     line += f" | gradient norm {m['grad_norm']:.3g}"
     tolerance = {"fp64": 1e-9, "fp32": 1e-3, "bf16": 0.1}[cfg.dtype]
     if not math.isfinite(m["grad_norm"]) or m["grad_norm"] == 0:
-        raise SystemExit(line + "\nstep 0: no usable gradient: are all weights frozen, or both lambdas 0?")
+        raise SystemExit(line + " | no usable gradient: are all weights frozen, or both lambdas 0?")
     if not apart and m.get("logratios/max", 0) > tolerance:
-        raise SystemExit(line + f"\nstep 0: policy and reference have equal weights, yet a log-ratio exceeds {tolerance}. Known causes: dropout "
+        raise SystemExit(line + f" | policy and reference have equal weights, yet a log-ratio exceeds {tolerance}. Known causes: dropout "
                          "is on; the reference was measured in another dtype; an adapter is missing from the reference")
     if not apart and predicted is not None and abs(m["loss"] - predicted) > tolerance:
-        raise SystemExit(line + "\nstep 0: the loss is not the value it must have at equal weights")
+        raise SystemExit(line + " | the loss is not the value it must have at equal weights")
     return line + (" | policy and reference start apart" if apart else " | ok")
 
 
@@ -553,9 +576,15 @@ def main(argv=None):
         with ExitStack() as held:
             return run(sys.argv[1:] if argv is None else argv, held)
     except SystemExit as e:
-        if isinstance(e.code, str) and not Group.first_to_say(e.code):          # one line in all, not one per process
-            raise SystemExit(1) from None
-        raise
+        if not isinstance(e.code, str):
+            raise
+        line = re.sub(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]+", " ", e.code)           # names come from files and may hold anything
+        raise SystemExit(line if Group.first_to_say(line) else 1) from None           # one line in all, not one per process
+    except RuntimeError as e:                                                   # a collective that nobody answers: whoever has failed says why
+        if not dist.is_initialized() or not re.search("gloo|nccl", str(e), re.I):
+            raise
+        why = re.sub(r"^\[.*?\] ", "", str(e).splitlines()[0]).split(". ")[0]
+        raise SystemExit(f"process {os.environ['RANK']}: another process of this run does not answer ({why}); the last checkpoint is as it was, --resume goes on") from None
     except KeyboardInterrupt:
         raise SystemExit("interrupted before the first step; nothing was written to --out") from None
     finally:
@@ -600,7 +629,7 @@ def run(argv, held):
         cfg.init, cfg.ref = cfg.init or old["init"], cfg.ref or old["ref"]
     base = cfg.model or (cfg.init if cfg.init and cfg.ref else base_model(cfg, group, source))
     cfg.init, cfg.ref = cfg.init or base, cfg.ref or base
-    policy = load(cfg.init, cfg, group, lora=cfg.lora, seed=cfg.seed)
+    policy = load(named if cfg.init == cfg.model and named else cfg.init, cfg, group, lora=cfg.lora, seed=cfg.seed)          # an adapter names its base
     if cfg.checkpoint_activations:
         policy.checkpoint_activations()
     if cfg.save == "adapter" and policy.sft_adapter:
@@ -1146,7 +1175,7 @@ class Group:
         if cuda:
             torch.cuda.set_device(local)
         if size > 1 and not dist.is_initialized():
-            Group.store = next(dist.rendezvous("env://", timeout=timedelta(seconds=timeout)))[0]
+            Group.store = agree_on_a_name(next(dist.rendezvous("env://", timeout=timedelta(seconds=timeout)))[0], rank, size)
             dist.init_process_group("nccl" if cuda else "gloo", store=Group.store, rank=rank, world_size=size, timeout=timedelta(seconds=timeout))
         return cls(rank, size, torch.device(f"cuda:{local}" if cuda else device or "cpu"))
 
@@ -1199,6 +1228,23 @@ class Group:
     def bar(self, total, what, initial=0):
         return tqdm(total=total, initial=initial, desc=what, unit="step" if "step" in what else "row", disable=self.rank != 0,
                     mininterval=0.5 if sys.stderr.isatty() else 20, dynamic_ncols=True)
+
+
+def agree_on_a_name(store, rank, size):
+    """The store under a name that no earlier attempt has used. torchrun --max_restarts keeps one store for all attempts (torch 2.13), and
+    gloo would call the dead by the addresses they left there: 1 restart in 8 went on, the others hung. Process 0 thinks of a name
+    and tells each of the others, again and again until it has answered: what the dead have said may still lie in its place."""
+    own = uuid.uuid4().hex
+    if rank:
+        store.set(f"hello/{rank}", own)
+        name = store.get(f"welcome/{own}").decode()
+        store.set(f"{name}/{rank}", "here")
+        return dist.PrefixStore(name, store)
+    for other in range(1, size):
+        while not store.check([f"{own}/{other}"]):
+            store.set(f"welcome/{store.get(f'hello/{other}').decode()}", own)
+            time.sleep(0.02)
+    return dist.PrefixStore(own, store)
 
 
 def use_threads(policy, alone=False):

@@ -562,16 +562,17 @@ SETTINGS = {  # defaults per loss; the command line comes before, the loss's own
     "apo_zero_unpaired": dict(lr=5e-4, steps=400, batch_size=32, beta=0.5),
     "bco": dict(lr=5e-4, steps=400, batch_size=32, beta=0.5),
     "sft": dict(lr=1e-3, steps=200, batch_size=32),
-    # pairs: 16 per step, the same number of replies
+    # pairs: 16 per step, the same number of replies. Where a first try did badly, beta (or what stands for it) was chosen on the tuning split
     **{name: dict(lr=5e-4, steps=400, batch_size=16, beta=0.5) for name in (
-        "dpo", "cdpo", "rdpo", "exo", "bco_pair", "apo_zero", "apo_down", "fdpo", "beta_dpo", "odpo", "hinge", "nca", "discopop", "tdpo1", "tdpo2", "wpo")},
+        "dpo", "cdpo", "bco_pair", "apo_zero", "apo_down", "beta_dpo", "odpo", "hinge", "wpo")},
+    **{name: dict(lr=5e-4, steps=400, batch_size=16, beta=1.0) for name in ("rdpo", "exo", "fdpo", "discopop", "tdpo1")},
     **{name: dict(lr=5e-4, steps=400, batch_size=16, **own) for name, own in {
         "ipo": dict(tau=0.1), "ipo_bernoulli": dict(tau=0.1), "ipo_avg": dict(tau=2.0),             # 1 / (2 tau) nats: per reply, per token
-        "orpo": dict(lam=1.0), "simpo": dict(beta=10.0, gamma=1.0), "alphapo": dict(beta=10.0, gamma=1.0), "cpo": dict(beta=0.1),
-        "sigmoid_norm": dict(beta=10.0), "sppo": dict(beta=0.2), "sppo_hard": dict(beta=0.2), "aot": dict(beta=0.5),
-        "aot_unpaired": dict(beta=0.5), "slic": dict(lam=0.5), "dpop": dict(beta=0.5, lam=5.0)}.items()},
+        "orpo": dict(lam=1.0), "simpo": dict(beta=10.0, gamma=0.5), "alphapo": dict(beta=10.0, gamma=1.0), "cpo": dict(beta=0.1),
+        "sigmoid_norm": dict(beta=10.0), "sppo": dict(beta=0.05), "sppo_hard": dict(beta=0.05), "nca": dict(beta=0.1), "tdpo2": dict(beta=0.1),
+        "aot": dict(beta=2.0), "aot_unpaired": dict(beta=2.0), "slic": dict(delta=5.0, lam=0.2), "dpop": dict(beta=0.5, lam=0.5)}.items()},
     "spin": dict(lr=5e-4, steps=80, batch_size=16, beta=1.0, stages=4),              # of each stage; beta < 1/2 overshoots (its fixed points)
     "sdpo_stepwise": dict(lr=5e-4, steps=200, batch_size=16, beta=1.0, stages=2),    # two steps of beta are one of beta / 2
-    "sdpo_segment": dict(lr=5e-4, steps=200, batch_size=16, beta=0.5),
-    "tr_dpo": dict(ref_every=100),                                                   # and DPO's; 512 would be never in 400 steps
+    "sdpo_segment": dict(lr=5e-4, steps=100, batch_size=16, beta=2.0),               # good against bad replies, no noise: more steps, more KL
+    "tr_dpo": dict(beta=2.0, ref_every=100),                                                   # and DPO's; 512 would be never in 400 steps
 }

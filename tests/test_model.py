@@ -203,6 +203,57 @@ def test_no_token_sees_a_later_one():
     assert torch.equal(a[:5], b[:5]) and (a[5:] != b[5:]).any(1).all()
 
 
+def groups_of_rows():
+    """Prompts of 1 to 5 tokens with 1 to 3 responses each, one of a single token, and LD-DPO's weights on one pair."""
+    row, ld = data.make_row, data.length_desensitised((data.make_row([4, 4, 9], [5, 6, 7, 8, 9]), data.make_row([4, 4, 9], [2, 3])), 0.25)
+    return [row([7], [1, 2, 3]), row([7], [4, 5]), row([1, 2, 3, 4, 5], [6, 7]), row([8, 9], [1]), row([8, 9], [2, 3, 4, 5]), row([8, 9], [6, 7]), *ld,
+            row([5, 5], [1, 2], train_prompt=True), row([5, 5], [3, 4], train_prompt=True)]
+
+
+def sums_and_gradients(net, share, extra=None):
+    """(B,) or (1 + k, B) of groups_of_rows, and the gradient of a weighted sum of them in every parameter."""
+    flat = data.flatten(groups_of_rows(), share=share)
+    values = net(flat.ids, flat.positions, flat.lengths, flat.predict, flat.targets, extra)
+    sums = flat.sums(values) if extra is None else torch.stack([flat.sums(v) for v in values])
+    return flat, sums, torch.autograd.grad((sums * torch.linspace(-1, 2, 10, dtype=sums.dtype)).sum(), list(net.parameters()))
+
+
+@pytest.mark.parametrize("chunk_elements", [61, 400, 10 ** 6])
+@pytest.mark.parametrize("more", [False, True])
+def test_a_prompt_computed_once_for_its_responses_is_the_prompt_computed_for_each(monkeypatch, chunk_elements, more):
+    monkeypatch.setitem(head_log_probs.__kwdefaults__, "chunk_elements", chunk_elements)
+    extra = (lambda logits, targets, part: torch.stack([logits.logsumexp(-1), model.position_confidence(logits, targets)])) if more else None
+    (plain, a, da), (shared, b, db) = (sums_and_gradients(gpt(), share, extra) for share in (False, True))
+    assert shared.lengths == [(1, 3, 2), 7, (2, 1, 4, 2), (3, 5, 2), 4, 4] and len(shared.ids) == len(plain.ids) - 1 - 2 - 2 - 3
+    close(b, a, 1e-12)                                                               # float64, sums near 100
+    for x, y in zip(da, db):
+        close(y, x, 1e-10)                                                           # gradients near 1e3: sums in another order
+
+
+def test_responses_that_share_a_prompt_neither_see_nor_teach_each_other():
+    net = gpt()
+    rows = [data.make_row([1, 2], r) for r in ([3, 4, 5], [6, 7], [8, 9, 10])]
+    flat = data.flatten(rows, share=True)
+    token = {y: net(flat.ids.where(flat.ids != 7, torch.tensor(y)), flat.positions, flat.lengths) for y in (7, 20)}
+    changed = (token[7] != token[20]).any(1)
+    assert flat.ids[changed].tolist() == [7]                                         # the last token of y_2: only what stands there
+
+
+def test_a_policy_with_mismatched_responses_beside_is_two_forwards():
+    """Values of both passes, the gradient of the first, and none through the second; with equal prompts next to each other."""
+    net = gpt()
+    rows = [data.make_row(p, r) for p, r in (([7], [1, 2, 3]), ([7], [4]), ([1, 2, 3], [5, 6]), ([9, 9], [8]))]
+    pairs = [data.mismatched(row, rows[j], 32) for row, j in zip(rows, (2, 3, 0, 1))]
+    flat, other = data.flatten(rows), data.flatten(pairs)
+    logps, silent = net.forward_beside(flat, other, [r.n_prompt for r in rows])
+    plain, expected = (net(f.ids, f.positions, f.lengths, f.predict, f.targets) for f in (flat, other))
+    assert logps.requires_grad and not silent.requires_grad
+    close(logps, plain, 1e-12)                                                       # float64, log-probs below 100
+    close(silent, expected.detach(), 1e-12)
+    for x, y in zip(*(torch.autograd.grad(v.sin().sum(), list(net.parameters())) for v in (plain, logps))):
+        close(y, x, 1e-10)
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
 def test_log_probs_of_a_policy_are_float32_or_better(dtype):
     net = gpt(dtype=dtype)

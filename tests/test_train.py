@@ -74,51 +74,13 @@ def flags(lab, out, *more, loss="kto", steps=20):
             "--batch_size", 8, "--steps", steps, "--lr", "1e-3", "--seed", 3, "--out", out, *more]
 
 
-# --- one step, any split ------------------------------------------------------------------------------------------------
+# --- one step; that it is the same for any split is in test_split.py ------------------------------------------------------
 
 @pytest.fixture(scope="module")
 def whole(lab, tmp_path_factory):
     out = tmp_path_factory.mktemp("whole") / "run"
     run(*flags(lab, out))
     return out
-
-
-def test_the_split_tests_are_run_where_z0_is_not_clamped(whole):
-    m = metrics(whole)
-    assert len(m) == 20 and m[0]["z0"] > 0.1 and max(x["z0"] for x in m) > 0.1, "at z0 = 0 a wrong z0 would go unseen"
-    assert {round(x["epoch"] * 27) for x in m} >= {8, 16, 24, 27}, "the fourth batch of an epoch has 3 rows"
-
-
-@pytest.mark.parametrize("micro", [1, 3])
-def test_micro_batches_give_the_step_of_the_whole_batch(lab, whole, tmp_path, micro):
-    run(*flags(lab, tmp_path / "run", "--micro_batch_size", micro))
-    # float64 sums in another order differ by about 1e-16 each; AdamW divides by sqrt(v), which may raise that a thousandfold
-    assert largest_difference(weights(whole), weights(tmp_path / "run")) < 1e-10
-    for a, b in zip(metrics(whole), metrics(tmp_path / "run")):
-        for key in ("loss", "z0_raw", "z0", "grad_norm", "rewards/margins", "logps/chosen"):
-            assert a[key] == pytest.approx(b[key], abs=1e-10), key
-
-
-@pytest.mark.parametrize("loss", ["kto", "bco"])
-def test_two_processes_are_one(lab, whole, tmp_path, loss):
-    """bco: the running mean is over the global batch as well."""
-    if loss == "bco":
-        whole = tmp_path / "one"
-        run(*flags(lab, whole, loss=loss))
-    done = torchrun(2, *flags(lab, tmp_path / "two", "--micro_batch_size", 2, loss=loss))
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert largest_difference(weights(whole), weights(tmp_path / "two")) < 1e-10                 # as above
-    for a, b in zip(metrics(whole), metrics(tmp_path / "two")):
-        assert a["loss"] == pytest.approx(b["loss"], abs=1e-10) and a["step"] == b["step"]
-        assert a.get("z0_raw") == pytest.approx(b.get("z0_raw"), abs=1e-10)
-
-
-def test_a_process_without_rows_takes_part_in_the_step(lab, tmp_path):
-    """Batches of 2, and a last one of 1, on two processes: a rank has nothing to do and must not hang the other."""
-    run(*flags(lab, tmp_path / "one", "--batch_size", 2, steps=14))
-    done = torchrun(2, *flags(lab, tmp_path / "two", "--batch_size", 2, steps=14))
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert metrics(tmp_path / "one")[13]["epoch"] == 1 and largest_difference(weights(tmp_path / "one"), weights(tmp_path / "two")) < 1e-10
 
 
 def test_z0_is_the_mismatched_mean_and_not_the_matched_one(lab, whole):
@@ -217,20 +179,25 @@ def test_every_paired_loss_and_recipe_trains(pairs, tmp_path, loss):
     assert json.loads((tmp_path / "run" / "eval.json").read_text())["train"]["n"] == 52
 
 
-@pytest.mark.parametrize("loss", ["dpo", "tdpo2", "wpo", "simpo", "beta_dpo", "bco_pair", "ld_dpo", "dpo + 0.1*sft"])
-def test_pairs_give_the_same_step_for_any_micro_batch(pairs, tmp_path, loss):
-    for micro in (0, 1, 3):
-        run(*pair_flags(pairs, tmp_path / str(micro), loss, "--micro_batch_size", micro))
-    for micro in (1, 3):
-        assert largest_difference(weights(tmp_path / "0"), weights(tmp_path / str(micro))) < 1e-10                    # as for kto
+@pytest.mark.parametrize("loss", ["dpo", "tdpo2", "wpo", "ld_dpo", "slic"])
+def test_a_shared_prompt_changes_no_step(pairs, tmp_path, monkeypatch, loss):
+    more = ["--slic_target", "chosen"] if loss == "slic" else []
+    run(*pair_flags(pairs, tmp_path / "shared", loss, *more))
+    monkeypatch.setattr(model.GPT, "shares_prompts", False)
+    run(*pair_flags(pairs, tmp_path / "plain", loss, *more))
+    assert 0 < largest_difference(weights(tmp_path / "plain"), weights(tmp_path / "shared")) < 1e-10                 # 0: nothing was shared
 
 
-def test_pairs_on_two_processes_are_pairs_on_one(pairs, tmp_path):
-    """beta-DPO: its running mean and its one beta per batch are over the global batch."""
-    run(*pair_flags(pairs, tmp_path / "one", "beta_dpo"))
-    done = torchrun(2, *pair_flags(pairs, tmp_path / "two", "beta_dpo"))
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert largest_difference(weights(tmp_path / "one"), weights(tmp_path / "two")) < 1e-10
+@pytest.mark.parametrize("loss", ["kto", "kto_uniform"])
+def test_a_prompt_shared_with_the_mismatched_response_changes_no_step(lab, tmp_path, monkeypatch, loss):
+    beside, calls = model.GPT.forward_beside, []
+    monkeypatch.setattr(model.GPT, "forward_beside", lambda *a: calls.append(1) or beside(*a))
+    run(*flags(lab, tmp_path / "shared", loss=loss, steps=8))
+    monkeypatch.setattr(model.GPT, "shares_prompts", False)
+    run(*flags(lab, tmp_path / "plain", loss=loss, steps=8))
+    assert len(calls) == 8 and largest_difference(weights(tmp_path / "plain"), weights(tmp_path / "shared")) < 1e-10
+    for a, b in zip(metrics(tmp_path / "plain"), metrics(tmp_path / "shared")):
+        assert a["loss"] == pytest.approx(b["loss"], abs=1e-12) and a.get("z0_raw") == pytest.approx(b.get("z0_raw"), abs=1e-12)
 
 
 def by_hand(pairs, step=0):

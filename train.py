@@ -1360,6 +1360,7 @@ def load_sharded(folder, cfg, group, **how):
 
     No GPU ever holds the whole: a machine's processes load it into main memory one after the other, and layer by layer it moves to the
     GPU and is cut. Forward and backward gather a layer when it is needed and drop it again; gradients are summed to where their share is.
+    bf16: shares stay fp32; a layer is gathered and computed in bf16, half of what fp32 would send, and gradients are summed in fp32.
     """
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
@@ -1415,7 +1416,7 @@ def save_shards(folder, policy, optimizer, step, running, group, reference=None)
         if group.rank == 0:
             steps = {name: int(optimizer.state[p]["step"]) for name, p in policy.named_parameters() if p in optimizer.state}
             with open(beside / "state.json", "w") as f:
-                json.dump({"step": step, "running": running, "optimizer_steps": steps}, f)
+                json.dump({"step": step, "running": running, "optimizer_steps": steps, "files": len(list(beside.glob("*.safetensors")))}, f)
                 f.flush()
                 os.fsync(f.fileno())
     except (OSError, dcp.CheckpointException) as e:
@@ -1435,6 +1436,8 @@ def load_shards(folder, policy, optimizer=None, reference=None):
     for path in paths:
         try:
             state = json.loads((path / "state.json").read_text())
+            if state["files"] != len(list(path.glob("*.safetensors"))):              # torch would leave out what is missing, and say nothing
+                raise ValueError("files are missing")
             for name, n in state["optimizer_steps"].items() if optimizer else ():
                 p = weights[name]
                 optimizer.state[p] = {"step": torch.tensor(float(n), device=p.device), "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}

@@ -1,17 +1,17 @@
-"""How fast, beside what the hardware allows and beside TRL: `python bench.py [CASE ...] [--quick]`, `python bench.py scaling`.
+"""How fast, beside what the hardware allows and beside TRL: `python bench.py [CASE ...] [--quick]`; `python bench.py scaling`.
 
 Every case prints a row and appends a line to results/bench.jsonl. A case is named by what it is, so any combination can be asked for:
 
-    kto-64-64           one KTO step: mean prompt 64 tokens, mean response 64, log-normal lengths; V = 512, fp32, GPT-2 shape, 6 layers, d = 384
-    dpo-256-64-50k-bf16 pairs, V = 50257, bf16 autocast;  -llama: a Llama config behind HFPolicy
-    score-64-64         the reference pass and evaluation: log-probs without gradient of y and of y'
-    epoch-kto           one epoch from text to trained weights, tokenising, reference pass and loading included
-    generate            16 prompts: against transformers' generate, and against no cache
+    kto-64-64             one KTO step; mean prompt 64 tokens, mean response 64, log-normal; GPT-2 shape, 6 layers, d = 384, V = 512, fp32
+    dpo-256-64-50k-bf16   pairs; V = 50257; bf16 autocast.   -llama: a Llama config behind HFPolicy.   -124m: GPT-2's own size and vocabulary
+    score-64-64           the reference pass and evaluation: log-probs of y and of y' without gradient
+    epoch-kto             one epoch from text to trained weights: loading, tokenising and reference pass included
+    generate              16 prompts, temperature 1: beside transformers' generate and beside no cache
 
-How it is measured: policy and reference are random, TRL loads the same weights and gets the same rows and the same mismatched pairs, with gradient
-checkpointing off. Variants take turns batch by batch in one process; a ratio is the median of the ratios per batch. Time is CPU time (CUDA events
-on a GPU), so that other processes disturb it less; how much they still do is the `spread` of one matmul repeated all along. That matmul is also
-the peak that "of the limit" compares with: FLOPs that the step cannot do without / (peak * seconds).
+Policy and reference are random; TRL loads the same weights and gets the same rows and mismatched pairs, with gradient checkpointing off. Variants
+take turns batch by batch in one process, and a ratio is the median of the ratios per batch. Time is CPU time (CUDA events on a GPU), which other
+processes disturb less; how much they still do is the `spread` of one matmul, repeated all along. That matmul is also the peak of `of limit`: FLOPs
+that the step cannot do without / (peak * seconds). On a GPU: python bench.py kto-256-256-124m-bf16 --tokens 16384
 """
 
 import argparse
@@ -19,7 +19,6 @@ import json
 import os
 import platform
 import resource
-import signal
 import subprocess
 import sys
 import tempfile
@@ -42,7 +41,6 @@ import model
 
 os.environ.update(HF_HUB_OFFLINE="1", TRANSFORMERS_VERBOSITY="error", TOKENIZERS_PARALLELISM="false", HF_HUB_DISABLE_PROGRESS_BARS="1", HF_DATASETS_DISABLE_PROGRESS_BARS="1")
 RESULTS = Path(__file__).parent / "results"
-SIZE = dict(n_layer=6, n_head=6, d_model=384)
 FULL = [f"{kind}-{shape}" for kind in ("kto", "dpo") for shape in ("64-64", "256-64", "64-256", "256-256")] + [
     "kto-64-64-bf16", "dpo-64-64-bf16", "kto-64-64-50k", "kto-64-64-50k-bf16", "kto-256-256-50k", "dpo-64-64-50k", "kto-64-64-llama", "dpo-64-64-llama",
     "score-64-64", "score-64-64-50k", "generate", "epoch-kto", "epoch-dpo"]
@@ -96,10 +94,10 @@ def clock(f, device="cpu"):
     return start.elapsed_time(end) / 1e3
 
 
-def matmul_seconds(dtype, device, n=1024):
-    """Seconds per FLOP at the peak: the fastest of five large matmuls."""
-    n = 8192 if torch.device(device).type == "cuda" else n
-    a = torch.ones(n, n, dtype=dtype, device=device)
+def matmul_seconds(case, device):
+    """Seconds per FLOP at the peak: the fastest of five large matmuls of the case's dtype."""
+    n = 8192 if torch.device(device).type == "cuda" else 1024
+    a = torch.ones(n, n, dtype=torch.bfloat16 if case.dtype == "bf16" else torch.float32, device=device)
     return min(clock(lambda: a @ a, device) for _ in range(5)) / (2 * n**3)
 
 
@@ -111,19 +109,14 @@ def alternate(variants, batches, timer=clock):
     """{name: seconds per batch} for functions of a batch, in turns; the first batch warms up. A variant that runs out of memory: None."""
     times = {name: [] for name in variants}
     for k, batch in enumerate(batches):
-        names = list(variants)[k % len(variants):] + list(variants)[:k % len(variants)]                # nobody always goes first
-        for name in names:
-            if times[name] is None:
-                continue
+        for name in list(variants)[k % len(variants):] + list(variants)[:k % len(variants)]:           # nobody always goes first
             try:
-                seconds = timer(lambda: variants[name](batch))
+                if times[name] is not None and (seconds := timer(lambda: variants[name](batch))) and k:
+                    times[name].append(seconds)
             except (RuntimeError, MemoryError) as e:
                 if not out_of_memory(e):
                     raise
                 times[name] = None
-                continue
-            if k:
-                times[name].append(seconds)
     return times
 
 
@@ -142,39 +135,45 @@ def spread(seconds):
 
 @dataclass
 class Case:
-    kind: str                                     # kto, dpo, score
-    prompt: int                                   # mean tokens
-    response: int
+    what: str = "step"                            # step, score, epoch or generate
+    kind: str = "kto"                             # kto or dpo
+    prompt: int = 64                              # mean tokens
+    response: int = 64
+    size: tuple = (6, 6, 384)                     # layers, heads, d
     vocab: int = 512
     dtype: str = "fp32"
     llama: bool = False
+    tokens: int = 2048                            # of (x, y) per step, about
     sigma: float = 0.5                            # of the log of the lengths
 
+    WORDS = {"score": {"what": "score"}, "epoch": {"what": "epoch"}, "generate": {"what": "generate"}, "kto": {}, "dpo": {"kind": "dpo"},
+             "50k": {"vocab": 50257}, "bf16": {"dtype": "bf16"}, "llama": {"llama": True}, "124m": {"size": (12, 12, 768), "vocab": 50257}}
+
     @classmethod
-    def named(cls, name):
-        kind, *rest = name.split("-")
-        numbers, words = [int(w) for w in rest if w.isdigit()], {w for w in rest if not w.isdigit()}
-        if kind not in ("kto", "dpo", "score") or len(numbers) != 2 or words - {"50k", "bf16", "llama"}:
+    def named(cls, name, **more):
+        words, lengths = [w for w in name.split("-") if not w.isdigit()], [int(w) for w in name.split("-") if w.isdigit()]
+        if words[:1] not in (["kto"], ["dpo"], ["score"], ["epoch"], ["generate"]) or not set(words) <= set(cls.WORDS) or len(lengths) not in (0, 2) or 0 in lengths:
             raise SystemExit(f"{name}: no such case; e.g. {', '.join(FULL)}, scaling")
-        return cls(kind, *numbers, 50257 if "50k" in words else 512, "bf16" if "bf16" in words else "fp32", "llama" in words)
+        return cls(**{k: v for w in words for k, v in cls.WORDS[w].items()} | dict(zip(("prompt", "response"), lengths)) | more)
 
     @property
     def batch_size(self):
-        """About 2048 tokens of (x, y) per step, half of it for short rows under the large vocabulary; at least 2 rows, 1 pair."""
-        rows = 2048 // (self.prompt + self.response) // (2 if self.vocab > 1000 and self.prompt + self.response < 512 else 1)
+        """Rows, 2 at least, or pairs, 1 at least, of one step."""
+        rows = self.tokens // (self.prompt + self.response)
         return max(1, rows // 2) if self.kind == "dpo" else max(2, rows)
 
 
-def make_models(folder, case, size=SIZE):
-    """folder/policy and folder/ref: random weights, and the same with noise; the reference is the sharper one, so that z0 is above 0."""
+def make_models(folder, case):
+    """folder/policy and folder/ref: random weights, and the same with noise on them; so the policy has the flatter distribution and z0 is above 0."""
     torch.manual_seed(0)
+    layers, heads, d = case.size
     if case.llama:
         from transformers import LlamaConfig, LlamaForCausalLM
-        c = LlamaConfig(vocab_size=case.vocab, hidden_size=size["d_model"], num_hidden_layers=size["n_layer"], num_attention_heads=size["n_head"],
-                        num_key_value_heads=size["n_head"], intermediate_size=4 * size["d_model"], max_position_embeddings=4096, tie_word_embeddings=True)
+        c = LlamaConfig(vocab_size=case.vocab, hidden_size=d, num_hidden_layers=layers, num_attention_heads=heads, intermediate_size=4 * d,
+                        max_position_embeddings=4096, tie_word_embeddings=True)
         LlamaForCausalLM(c).save_pretrained(folder / "policy")
     else:
-        model.GPT(model.GPTConfig(vocab_size=case.vocab, context=4096, bias=True, **size)).save(folder / "policy", eot=case.vocab - 1)
+        model.GPT(model.GPTConfig(case.vocab, 4096, layers, heads, d, bias=True)).save(folder / "policy", eot=case.vocab - 1)
     other = model.load_policy(folder / "policy")
     with torch.no_grad():
         for p in other.parameters():
@@ -205,8 +204,8 @@ class Alone(train.Group):
 class Ours:
     """nanoKTO's step on the batches of a case. Models are loaded when they are first needed."""
 
-    def __init__(self, case, folder, n_batches, device, *, micro=0, batch_size=None, group=None):
-        self.case, self.folder, size = case, folder, batch_size or case.batch_size
+    def __init__(self, case, folder, n_batches, device, *, micro=0, group=None):
+        self.case, self.folder, size = case, folder, case.batch_size
         self.cfg = train.Config(loss=case.kind, ref=str(folder / "ref"), batch_size=size, micro_batch_size=micro, steps=n_batches, lr=1e-6, dtype=case.dtype, max_len=4096)
         self.group, self.units = group or Alone(device=torch.device(device)), make_units(case, size * n_batches)
         loss, hyper, z0 = (dpo_variants.dpo_loss, {"beta": 0.1}, None) if case.kind == "dpo" else (
@@ -242,7 +241,7 @@ class Ours:
 
     def floor(self, batch):
         shape, units = shape_of(self.policy), [self.units[i] for i in batch.rows]
-        return (1 if self.case.kind == "score" else 3) * pass_flops(units, **shape) + beside_flops(self.pairs(batch), **shape)
+        return (1 if self.case.what == "score" else 3) * pass_flops(units, **shape) + beside_flops(self.pairs(batch), **shape)
 
     def tokens(self, batch):
         rows = [row for i in batch.rows for row in self.units[i]]
@@ -342,145 +341,121 @@ def apart(ours, theirs, batch):
 
 # --- cases --------------------------------------------------------------------------------------------------------------
 
-def measure_step(name, device, repeats, with_trl=True, quick=False, size=SIZE):
-    """kto, dpo, score: one step (or pass) of nanoKTO, of TRL with the reference beside it, and of TRL with precomputed log-probs."""
-    case = Case.named(name)
-    dtype = torch.bfloat16 if case.dtype == "bf16" else torch.float32
-    with tempfile.TemporaryDirectory() as folder:
-        folder = Path(folder)
-        make_models(folder, case, size)
-        ours = Ours(case, folder, repeats + 1, device, batch_size=case.batch_size // 2 if quick and case.batch_size > 3 else None).cache()
-        theirs, row, matmuls = Theirs(case, folder, records_of(ours.units[:8]), device) if with_trl else None, {}, []
-        variants = {"nanokto": ours.score if case.kind == "score" else ours.step, "peak": lambda b: matmuls.append(matmul_seconds(dtype, device))}
-        if theirs and case.kind == "score":
-            variants["online"] = lambda b: theirs.score(ours, b)
-        elif theirs:
-            variants |= {"online": lambda b: theirs.step(ours, b, False), "cached": lambda b: theirs.step(ours, b, True)}
-            row["loss"], row["loss_trl"], row["gradient_apart"] = apart(ours, theirs, ours.batches[0])
-        times = alternate(variants, ours.batches, lambda f: clock(f, device))
-        mine, batches = times["nanokto"], ours.batches[1:]
-        lost = [n for n, t in times.items() if t is None]
-        row["note"] = f"out of memory: {', '.join(lost)}" if lost else ""
-        if mine is None:
-            return row
-        tokens, trained = np.median(np.array([ours.tokens(b) for b in batches]) / np.array(mine)[:, None], axis=0)
-        limit = [ours.floor(b) * peak / t for b, peak, t in zip(batches, matmuls[1:], mine)]      # the peak beside every batch: the machine's speed changes
-        row |= {"tokens_per_second": float(tokens), "trained_per_second": float(trained), "peak_gflops": 1e-9 / float(np.median(matmuls)),
-                "of_limit": float(np.median(limit)), "spread": spread(matmuls), "batches": repeats, "rows": ours.cfg.batch_size,
-                "seconds": {n: float(np.median(t)) for n, t in times.items() if t and n != "peak"},
-                **{f"vs_{n}": ratio(times[n], mine) for n in ("online", "cached") if n in times}}
-        if not quick and case.kind != "score":
-            make_models(folder, case, size)
-            sides = ("nanokto", "micro-batches", *(("TRL online", "TRL cached") if with_trl else ()))
-            row["peak_mb"] = {side: peak_memory(name, side, folder, device) for side in sides}
-    return row
+def measure_step(case, device, repeats, with_trl, folder):
+    """A step (or a scoring pass) of nanoKTO, of TRL with the reference beside it, and of TRL with precomputed log-probs."""
+    ours, matmuls, row = Ours(case, folder, repeats + 1, device).cache(), [], {}
+    theirs = Theirs(case, folder, records_of(ours.units[:8]), device) if with_trl else None
+    variants = {"nanokto": ours.score if case.what == "score" else ours.step, "peak": lambda batch: matmuls.append(matmul_seconds(case, device))}
+    if theirs and case.what == "score":
+        variants["online"] = lambda batch: theirs.score(ours, batch)
+    elif theirs:
+        variants |= {"online": lambda batch: theirs.step(ours, batch, False), "cached": lambda batch: theirs.step(ours, batch, True)}
+        row["loss"], row["loss_trl"], row["gradient_apart"] = apart(ours, theirs, ours.batches[0])
+    times = alternate(variants, ours.batches, lambda f: clock(f, device))
+    mine, batches, lost = times["nanokto"], ours.batches[1:], [name for name, t in times.items() if t is None]
+    row |= {"note": f"out of memory: {', '.join(lost)}" if lost else None, "spread": spread(matmuls), "batches": repeats, "rows": case.batch_size}
+    if mine is None:
+        return row
+    tokens, trained = np.median(np.array([ours.tokens(b) for b in batches]) / np.array(mine)[:, None], axis=0)
+    limit = [ours.floor(b) * peak / t for b, peak, t in zip(batches, matmuls[1:], mine)]             # the peak beside every batch: a machine's speed changes
+    return row | {"tokens_per_second": float(tokens), "trained_per_second": float(trained), "peak_gflops": 1e-9 / float(np.median(matmuls)),
+                  "of_limit": float(np.median(limit)), "seconds": {n: float(np.median(t)) for n, t in times.items() if t and n != "peak"},
+                  **{f"vs_{n}": ratio(times[n], mine) for n in ("online", "cached") if n in times}}
 
 
-def peak_memory(name, side, folder, device):
-    """MB above import that two steps on rows of equal lengths take, in a process of its own; "out of memory"."""
-    done = subprocess.run([sys.executable, __file__, name, "--peak", side, "--folder", str(folder), "--device", device], capture_output=True, text=True)
-    if done.returncode not in (0, -9):
+def peak_memory(name, side, folder, device, tokens):
+    """MB above import that two steps on rows of equal lengths take, in a process of its own; or "out of memory"."""
+    done = subprocess.run([sys.executable, __file__, name, "--peak", side, "--folder", str(folder), "--device", device, "--tokens", str(tokens)], capture_output=True, text=True)
+    if done.returncode not in (0, -9):                                                                  # -9: the system killed it
         raise RuntimeError(done.stderr[-2000:])
-    return float(done.stdout.split()[-1]) if done.returncode == 0 else "out of memory"                    # -9: the system killed it
+    words = done.stdout.split()
+    return float(words[-1]) if words and words[-1] != "memory" else "out of memory"
 
 
-def print_peak(name, side, folder, device):
+def print_peak(case, side, folder, device):
     """What peak_memory starts."""
-    if side.startswith("TRL"):
-        import trl.trainer.dpo_trainer, trl.trainer.kto_trainer                                          # noqa: E401, F401   before: not counted
-    import transformers.models.gpt2.modeling_gpt2                                                        # noqa: F401
-    case, before = replace(Case.named(name), sigma=0.0), peak_rss()
+    if side.startswith("TRL"):                                                                          # imported before: not counted
+        import trl.trainer.dpo_trainer, trl.trainer.kto_trainer                                         # noqa: E401, F401
+    import transformers.models.gpt2.modeling_gpt2                                                       # noqa: F401
+    before, cached = peak_rss(), side == "TRL cached"
     ours = Ours(case, folder, 2, device, micro=1 if side == "micro-batches" else 0)
-    made_up = torch.full((len(ours.units), 2), -300.0, dtype=torch.float64)                              # steps alone: no reference pass
+    made_up = torch.full((len(ours.units), 2), -300.0, dtype=torch.float64)                             # the steps alone: no reference pass
     ours.reference.matched_table, ours.reference.mismatched_table, ours.reference.epoch = made_up[:, :len(ours.units[0])], made_up[:, 0], 0
-    theirs = Theirs(case, folder, records_of(ours.units[:2]), device, cached=side == "TRL cached") if side.startswith("TRL") else None
     try:
+        theirs = Theirs(case, folder, records_of(ours.units[:2]), device, cached=cached) if side.startswith("TRL") else None
         for batch in ours.batches:
-            theirs.step(ours, batch, side == "TRL cached") if theirs else ours.step(batch)
+            theirs.step(ours, batch, cached) if theirs else ours.step(batch)
     except (RuntimeError, MemoryError) as e:
         if not out_of_memory(e):
             raise
-        os.kill(os.getpid(), signal.SIGKILL)
-    print(torch.cuda.max_memory_allocated() / 2**20 if torch.device(device).type == "cuda" else (peak_rss() - before) / 2**20)
+        return print("out of memory")
+    print((torch.cuda.max_memory_allocated() if torch.device(device).type == "cuda" else peak_rss() - before) / 2**20)
 
 
 def peak_rss():
-    """Bytes at most so far. Linux's ru_maxrss would do, but a child inherits its parent's: /proc knows this process alone."""
+    """Bytes at most so far. Not Linux's ru_maxrss, which a child inherits from a large parent: /proc knows this process alone."""
     try:
         return 1024 * next(int(x.split()[1]) for x in open("/proc/self/status") if x.startswith("VmHWM"))
     except OSError:
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
-def measure_epoch(name, device, repeats, with_trl=True, n=64, size=SIZE):
-    """A whole run: text -> tokens -> reference pass -> one epoch, models loaded from their folder. TRL with the reference at hand, its default."""
-    case, times, matmuls = Case(name.removeprefix("epoch-"), 64, 64), {"nanokto": [], "online": []}, []
-    units = make_units(case, n)
+def measure_epoch(case, device, repeats, with_trl, folder, n=64):
+    """A whole run over n rows: text -> tokens -> reference pass -> one epoch, models loaded from their folder; TRL's with its defaults, the reference online."""
+    n = max(n, case.batch_size)
+    units, matmuls = make_units(case, n), []
     records, tokenizer = records_of(units), data.Tokenizer(word_tokenizer(case.vocab))
-    with tempfile.TemporaryDirectory() as folder:
-        folder = Path(folder)
-        make_models(folder, case, size)
 
-        def nanokto():
-            ours = Ours(case, folder, n // case.batch_size, device)
-            found, _ = data.encode([data.parse(r)[1] for r in records], tokenizer, max_len=4096)
-            ours.units = found if case.kind == "dpo" else [(r,) for r in found]
-            ours.reference = train.Reference(ours.units, ours.cfg, ours.group)
-            for batch in ours.batches:                                               # the rows' order is that of the made-up units: the same prompts
-                ours.step(batch)
+    def nanokto(_):
+        ours = Ours(case, folder, n // case.batch_size, device)                                         # its batches: the same prompts are the same batches
+        found, _ = data.encode([data.parse(r)[1] for r in records], tokenizer, max_len=4096)
+        ours.units = found if case.kind == "dpo" else [(r,) for r in found]
+        ours.reference = train.Reference(ours.units, ours.cfg, ours.group)
+        for batch in ours.batches:
+            ours.step(batch)
 
-        for k in range(repeats):
-            matmuls.append(matmul_seconds(torch.float32, device))
-            times["nanokto"].append(clock(nanokto, device))
-            if with_trl:
-                times["online"].append(clock(lambda: Theirs(case, folder, records, device).trainer.train(), device))
-    tokens = sum(len(row.ids) for u in units for row in u)
-    return {"tokens_per_second": tokens / float(np.median(times["nanokto"])), "vs_online": ratio(times["online"], times["nanokto"]), "spread": spread(matmuls),
-            "seconds": {k: v and float(np.median(v)) for k, v in times.items()}, "rows": n, "note": f"{n} rows, {n // case.batch_size} steps"}
+    variants = {"nanokto": nanokto} | ({"online": lambda _: Theirs(case, folder, records, device).trainer.train()} if with_trl else {})
+    times = alternate({**variants, "peak": lambda _: matmuls.append(matmul_seconds(case, device))}, range(repeats + 1), lambda f: clock(f, device))
+    tokens, mine = sum(len(row.ids) for u in units for row in u), times["nanokto"]
+    return {"tokens_per_second": tokens / float(np.median(mine)), "vs_online": ratio(times.get("online"), mine), "spread": spread(matmuls), "rows": n,
+            "seconds": {k: float(np.median(v)) for k, v in times.items() if v and k != "peak"}, "note": f"{n} rows, {n // case.batch_size} steps"}
 
 
-def measure_generate(device, repeats, new=64, size=SIZE, prompts=16):
+def measure_generate(case, device, repeats, new, folder):
     """New tokens per second at temperature 1: our cache, transformers' generate (left-padded), and the whole row again for every token."""
-    case = Case("kto", 64, 64)
-    rows = [u[0].ids[:u[0].n_prompt].tolist() for u in make_units(case, prompts)]
-    with tempfile.TemporaryDirectory() as folder:
-        folder = Path(folder)
-        make_models(folder, case, size)
-        policy = model.load_policy(folder / "policy", device=device)
-        from transformers import AutoModelForCausalLM
-        hf = model.HFPolicy(AutoModelForCausalLM.from_pretrained(folder / "policy", dtype=torch.float32).to(device))
+    from transformers import AutoModelForCausalLM
+    prompts = [u[0].ids[:u[0].n_prompt].tolist() for u in make_units(case, case.batch_size)]
+    policy, matmuls = model.load_policy(folder / "policy", device=device), []
+    hf = model.HFPolicy(AutoModelForCausalLM.from_pretrained(folder / "policy", dtype=torch.float32).to(device))
+    hf.lm.generation_config.min_new_tokens = new                                                        # rows do not end early; ours cannot: eot -1
 
-        @torch.no_grad()
-        def no_cache(_):
-            grown = [list(r) for r in rows]
-            for _ in range(new):
-                flat = data.flatten([data.make_row(r, []) for r in grown], device)
-                last = torch.tensor(flat.lengths, device=device).cumsum(0) - 1
-                token = model.sample(policy(flat.ids, flat.positions, flat.lengths, last), torch.rand(len(rows), device=device).double())
-                for r, t in zip(grown, token.tolist()):
-                    r.append(t)
+    @torch.no_grad()
+    def no_cache(_):
+        grown = [list(p) for p in prompts]
+        for _ in range(new):
+            flat = data.flatten([data.make_row(p, []) for p in grown], device)
+            last = torch.tensor(flat.lengths, device=device).cumsum(0) - 1
+            token = model.sample(policy(flat.ids, flat.positions, flat.lengths, last), torch.rand(len(grown), device=device).double())
+            for p, t in zip(grown, token.tolist()):
+                p.append(t)
 
-        # no end-of-text among the vocabulary's tokens: every row runs to its end
-        hf.lm.generation_config.min_new_tokens, hf.lm.generation_config.max_new_tokens = new, new
-        variants = {"nanokto": lambda _: policy.generate(rows, eot=-1, max_new_tokens=new), "no_cache": no_cache,
-                    "transformers": lambda _: hf.generate(rows, eot=case.vocab - 1, max_new_tokens=new)}
-        matmuls = []
-        times = alternate({**variants, "peak": lambda _: matmuls.append(matmul_seconds(torch.float32, device))}, range(repeats + 1), lambda f: clock(f, device))
-    row = {"tokens_per_second": len(rows) * new / float(np.median(times["nanokto"])), "vs_transformers": ratio(times["transformers"], times["nanokto"]),
-           "vs_no_cache": ratio(times["no_cache"], times["nanokto"]), "spread": spread(matmuls), "rows": len(rows)}
-    return row | {"note": f"{new} new tokens: {row['vs_transformers']:.2f}x transformers, {row['vs_no_cache']:.1f}x no cache"}
+    times = alternate({"nanokto": lambda _: policy.generate(prompts, eot=-1, max_new_tokens=new), "no_cache": no_cache,
+                       "transformers": lambda _: hf.generate(prompts, eot=case.vocab - 1, max_new_tokens=new),
+                       "peak": lambda _: matmuls.append(matmul_seconds(case, device))}, range(repeats + 1), lambda f: clock(f, device))
+    mine = times["nanokto"]
+    row = {"tokens_per_second": len(prompts) * new / float(np.median(mine)), "spread": spread(matmuls), "rows": len(prompts),
+           **{f"vs_{n}": ratio(times[n], mine) for n in ("transformers", "no_cache")}}
+    return row | {"note": f"{new} new tokens: {row['vs_transformers'] or 0:.2f}x transformers, {row['vs_no_cache'] or 0:.1f}x no cache"}
 
 
 # --- scaling: cost per token against what the arithmetic says ---------------------------------------------------------------
 
-SMALL = dict(n_layer=2, n_head=4, d_model=128)
-
-
-def step_cost(case, batch_size, device="cpu", group=None, repeats=3):
-    """(seconds, unavoidable FLOPs) per token of (x, y) of a KTO step with the SMALL model."""
+def step_cost(length, rows, vocab=512, device="cpu", group=None, repeats=3):
+    """(seconds, unavoidable FLOPs) per token of (x, y) of a KTO step of a small model; prompt and response half the length each."""
+    case = Case(prompt=length // 2, response=length // 2, tokens=length * rows, vocab=vocab, size=(2, 4, 128), sigma=0.0)
     with tempfile.TemporaryDirectory() as folder:
-        make_models(Path(folder), case, SMALL)
-        ours = Ours(case, Path(folder), repeats + 1, device, batch_size=batch_size, group=group).cache()
+        make_models(Path(folder), case)
+        ours = Ours(case, Path(folder), repeats + 1, device, group=group).cache()
         seconds = alternate({"nanokto": ours.step}, ours.batches, lambda f: clock(f, device))["nanokto"]
     tokens = [ours.tokens(b)[0] for b in ours.batches[1:]]
     return float(np.median(np.array(seconds) / tokens)), float(np.median([ours.floor(b) / t for b, t in zip(ours.batches[1:], tokens)]))
@@ -507,16 +482,16 @@ def rank_cost():
     """What `scaling` starts under torchrun: prints the CPU seconds per token of all processes together. They wait asleep, so waiting is free."""
     group = train.Group.join("cpu")
     group.bar = Alone.bar.__get__(group)
-    cost = group.sum(torch.tensor(step_cost(Case("kto", 64, 64, sigma=0.0), 32, group=group)[0], dtype=torch.float64))
+    cost = group.sum(torch.tensor(step_cost(128, 32, group=group)[0], dtype=torch.float64))
     group.say(float(cost))
 
 
 def scaling(device, quick, out):
     """results/scaling.png: five panels, the straight line of the ideal in each. Returns and appends what they show."""
     most = 4 if quick else 99
-    panels = {"tokens per row": ([64, 128, 256, 512, 1024, 2048, 4096], lambda n: step_cost(Case("kto", n // 2, n // 2, sigma=0.0), max(2, 4096 // n), device)),
-              "rows per batch": ([1, 2, 4, 8, 16, 32, 64, 128, 256, 512], lambda n: step_cost(Case("kto", 32, 32, sigma=0.0), n, device)),
-              "vocabulary": ([512, 1024, 2048, 4096, 8192, 16384, 32768, 50257], lambda n: step_cost(Case("kto", 64, 64, n, sigma=0.0), 16, device)),
+    panels = {"tokens per row": ([64, 128, 256, 512, 1024, 2048, 4096], lambda n: step_cost(n, max(2, 4096 // n), device=device)),
+              "rows per batch": ([2, 4, 8, 16, 32, 64, 128, 256, 512], lambda n: step_cost(64, n, device=device)),
+              "vocabulary": ([512, 1024, 2048, 4096, 8192, 16384, 32768, 50257], lambda n: step_cost(128, 16, n, device)),
               "rows of data": ([10**3, 10**4, 10**5, 10**6], data_cost),
               "processes": ([1, 2, 4], lambda n: (float(subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(n),
                                                                         __file__, "--rank"], capture_output=True, text=True, check=True).stdout.split()[-1]), 1.0))}
@@ -567,31 +542,34 @@ def append(out, name, row, device):
         f.write(json.dumps({"case": name, **row, **machine(device)}) + "\n")
 
 
-def bench(names, device, quick, out, **more):
-    """Measure each case, print its row, append its line to `out`. A case out of memory is a row that says so."""
-    missing, spreads = trl_missing(), []
+def bench(names, device, quick, out, *, repeats=None, **of_case):
+    """Measure each case, print its row, append its line to `out`. A case out of memory is a row that says so, and the others go on."""
+    missing, spreads = trl_missing(), [0.0]
     if missing:
         print(missing)
     print("".join(c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(COLUMNS)))
     for name in names:
-        how = dict(device=device, repeats=2 if quick else 5) | more
-        try:
-            if name == "generate":
-                row = measure_generate(**how, new=8 if quick else 64)
-            elif name in ("epoch-kto", "epoch-dpo"):
-                row = measure_epoch(name, with_trl=not missing, **how)
-            else:
-                row = measure_step(name, with_trl=not missing, quick=quick, **how)
-        except (RuntimeError, MemoryError) as e:
-            if not out_of_memory(e):
-                raise
-            row = {"note": "out of memory"}
+        case, times = Case.named(name, **of_case), repeats or (2 if quick else 5)
+        with tempfile.TemporaryDirectory() as folder:
+            try:
+                make_models(Path(folder), case)
+                if case.what == "generate":
+                    row = measure_generate(case, device, times, 8 if quick else 64, Path(folder))
+                else:
+                    row = (measure_epoch if case.what == "epoch" else measure_step)(case, device, times, not missing, Path(folder))
+                if case.what == "step" and not quick:
+                    row["peak_mb"] = {side: peak_memory(name, side, folder, device, case.tokens) for side in ("nanokto", "micro-batches", "TRL online", "TRL cached")
+                                      if not missing or "TRL" not in side}
+            except (RuntimeError, MemoryError) as e:
+                if not out_of_memory(e):
+                    raise
+                row = {"note": "out of memory"}
         print(line(name, row), flush=True)
-        spreads.append(row.get("spread") or 0.0)
+        spreads.append(row.get("spread", 0.0))
         append(out, name, row, device)
     if max(spreads) > 0.1:
         print(f"a busy machine: one and the same matmul took up to {max(spreads):.0%} more or less time. Ratios are medians over alternating batches and bear it; "
-              "tokens/s and the share of the limit do not")
+              "tokens/s and the share of the limit bear it less")
 
 
 def main(argv=None):
@@ -600,6 +578,7 @@ def main(argv=None):
     p.add_argument("--quick", action="store_true", help=f"under two minutes: {', '.join(QUICK)}")
     p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     p.add_argument("--threads", type=int, default=1)
+    p.add_argument("--tokens", type=int, help="of prompts and responses per step (default 2048; --quick 1024)")
     p.add_argument("--repeats", type=int, help="batches per variant (default 5; --quick 2)")
     p.add_argument("--out", default=str(RESULTS / "bench.jsonl"))
     p.add_argument("--peak", help=argparse.SUPPRESS)
@@ -609,16 +588,16 @@ def main(argv=None):
     warnings.filterwarnings("ignore")                                                # others' deprecations, in the middle of a table
     torch.set_num_threads(a.threads)
     if a.peak:
-        return print_peak(a.cases[0], a.peak, a.folder, a.device)
+        return print_peak(Case.named(a.cases[0], sigma=0.0, tokens=a.tokens), a.peak, a.folder, a.device)
     if a.rank:
         return rank_cost()
     names = a.cases or (QUICK if a.quick else FULL)
-    for name in names:
-        if name not in ("scaling", "generate", "epoch-kto", "epoch-dpo"):
-            Case.named(name)                                                         # a misspelt one is an error before anything is measured
-    if names != ["scaling"]:
-        bench([n for n in names if n != "scaling"], a.device, a.quick, Path(a.out), **({"repeats": a.repeats} if a.repeats else {}))
-    if "scaling" in names:
+    cases = [n for n in names if n != "scaling"]
+    for name in cases:
+        Case.named(name)                                                             # a misspelt one is an error before anything is measured
+    if cases:
+        bench(cases, a.device, a.quick, Path(a.out), repeats=a.repeats, tokens=a.tokens or (1024 if a.quick else 2048))
+    if len(cases) < len(names):
         scaling(a.device, a.quick, Path(a.out))
 
 

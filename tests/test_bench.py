@@ -9,7 +9,7 @@ import bench
 import data
 import model
 
-TINY = dict(n_layer=1, n_head=2, d_model=16)
+TINY = (1, 2, 16)
 
 
 def row(prompt, response):
@@ -64,9 +64,9 @@ def test_who_runs_out_of_memory_is_left_out_and_the_others_go_on(error):
 
 def test_a_case_without_memory_is_a_row_that_says_so(monkeypatch, tmp_path, capsys):
     real = bench.measure_step
-    monkeypatch.setattr(bench, "measure_step", lambda name, **how: real(name, **how) if name == "dpo-8-8" else (_ for _ in ()).throw(MemoryError()))
+    monkeypatch.setattr(bench, "measure_step", lambda case, *how: real(case, *how) if case.kind == "dpo" else (_ for _ in ()).throw(MemoryError()))
     monkeypatch.setattr(bench, "trl_missing", lambda: "no TRL here")
-    bench.bench(["kto-8-8", "dpo-8-8"], "cpu", True, tmp_path / "bench.jsonl", size=TINY, repeats=1)
+    bench.bench(["kto-8-8", "dpo-8-8"], "cpu", True, tmp_path / "bench.jsonl", size=TINY, repeats=1, tokens=64)
     first, second = [json.loads(x) for x in open(tmp_path / "bench.jsonl")]
     assert first["note"] == "out of memory" and second["case"] == "dpo-8-8" and second["tokens_per_second"] > 0
     assert "out of memory" in capsys.readouterr().out
@@ -75,7 +75,7 @@ def test_a_case_without_memory_is_a_row_that_says_so(monkeypatch, tmp_path, caps
 @pytest.mark.parametrize("name", ["kto-8-8", "dpo-8-8-bf16", "kto-8-8-llama", "score-8-8", "generate", "epoch-kto", "epoch-dpo"])
 def test_a_tiny_case_runs_from_end_to_end_without_trl_and_appends_a_line(monkeypatch, tmp_path, capsys, name):
     monkeypatch.setitem(sys.modules, "trl", None)                                                     # as if it were not installed
-    bench.bench([name], "cpu", True, tmp_path / "bench.jsonl", size=TINY, repeats=1)
+    bench.bench([name], "cpu", True, tmp_path / "bench.jsonl", size=TINY, repeats=1, tokens=64)
     out = capsys.readouterr().out
     assert out.count("pip install trl") == 1 and len(out.splitlines()) <= 4                           # TRL, head, the case, a busy machine
     r, = [json.loads(x) for x in open(tmp_path / "bench.jsonl")]
@@ -88,9 +88,9 @@ def test_a_tiny_case_runs_from_end_to_end_without_trl_and_appends_a_line(monkeyp
 @pytest.mark.parametrize("name", ["kto-8-8", "dpo-8-8", "kto-8-8-llama"])
 def test_trls_step_has_our_loss_and_our_gradient(tmp_path, name):
     pytest.importorskip("trl")
-    case = bench.Case.named(name)
-    bench.make_models(tmp_path, case, TINY)
-    ours = bench.Ours(case, tmp_path, 1, "cpu", batch_size=8).cache()
+    case = bench.Case.named(name, size=TINY, tokens=128)
+    bench.make_models(tmp_path, case)
+    ours = bench.Ours(case, tmp_path, 1, "cpu").cache()
     theirs = bench.Theirs(case, tmp_path, bench.records_of(ours.units), "cpu")
     mine, trl, gradient = bench.apart(ours, theirs, ours.batches[0])
     assert mine == pytest.approx(trl, rel=1e-5) and gradient < 1e-4                                   # float32; the second is per tensor, small ones included
@@ -98,18 +98,18 @@ def test_trls_step_has_our_loss_and_our_gradient(tmp_path, name):
 
 
 def test_both_sides_read_the_same_tokens():
-    units = bench.make_units(bench.Case("dpo", 8, 8), 5)
+    units = bench.make_units(bench.Case.named("dpo-8-8"), 5)
     found, _ = data.encode([data.parse(r)[1] for r in bench.records_of(units)], data.Tokenizer(bench.word_tokenizer(512)))
     assert all(a.ids.tolist() == b.ids.tolist() and a.n_prompt == b.n_prompt for u, v in zip(units, found) for a, b in zip(u, v))
 
 
 def test_peak_memory_is_that_of_a_process_of_its_own(tmp_path):
-    bench.make_models(tmp_path, bench.Case.named("kto-8-8"), TINY)
-    mb = bench.peak_memory("kto-8-8", "nanokto", tmp_path, "cpu")
+    bench.make_models(tmp_path, bench.Case.named("kto-8-8", size=TINY))
+    mb = bench.peak_memory("kto-8-8", "nanokto", tmp_path, "cpu", 64)
     assert 0 < mb < 500
 
 
-@pytest.mark.parametrize("name", ["kto", "ppo-64-64", "kto-64-64-100k", "kto-64"])
+@pytest.mark.parametrize("name", ["ppo-64-64", "kto-64-64-100k", "kto-64", "64-64", "kto-0-8"])
 def test_a_misspelt_case_ends_in_one_line_before_anything_is_measured(tmp_path, name):
     with pytest.raises(SystemExit, match=f"^{name}: no such case; e.g. kto-64-64"):
         bench.main(["kto-64-64", name, "--out", str(tmp_path / "x")])

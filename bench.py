@@ -487,7 +487,7 @@ def rank_cost():
 
 
 def scaling(device, quick, out):
-    """results/scaling.png: five panels, the straight line of the ideal in each. Returns and appends what they show."""
+    """results/scaling.png: five panels, the line of the ideal in each; a line of each in `out`."""
     most = 4 if quick else 99
     panels = {"tokens per row": ([64, 128, 256, 512, 1024, 2048, 4096], lambda n: step_cost(n, max(2, 4096 // n), device=device)),
               "rows per batch": ([2, 4, 8, 16, 32, 64, 128, 256, 512], lambda n: step_cost(64, n, device=device)),
@@ -510,7 +510,7 @@ def scaling(device, quick, out):
         axis.legend(frameon=False)
         print(f"{name:<16}" + "  ".join(f"{n:,}: {1e6 * s:,.0f} us" for n, s in zip(sizes, seconds)) + f"  per {per}  {note}", flush=True)
         append(out, f"scaling: {name}", {"sizes": sizes, "seconds": seconds.tolist(), "floor": floor.tolist(), "per": per}, device)
-    figure.savefig(out.parent / "scaling.png", dpi=120)
+        figure.savefig(out.parent / "scaling.png", dpi=120)                                   # after every panel: what is done is there
     plt.close(figure)
 
 

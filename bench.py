@@ -408,7 +408,7 @@ def measure_epoch(case, device, repeats, with_trl, folder, n=64):
 
     def nanokto(_):
         ours = Ours(case, folder, n // case.batch_size, device)                                         # its batches: the same prompts are the same batches
-        found, _ = data.encode([data.parse(r)[1] for r in records], tokenizer, max_len=4096)
+        found, _ = data.encode([data.parse(r)[1][0] for r in records], tokenizer, max_len=4096)
         ours.units = found if case.kind == "dpo" else [(r,) for r in found]
         ours.reference = train.Reference(ours.units, ours.cfg, ours.group)
         for batch in ours.batches:

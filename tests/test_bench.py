@@ -99,7 +99,7 @@ def test_trls_step_has_our_loss_and_our_gradient(tmp_path, name):
 
 def test_both_sides_read_the_same_tokens():
     units = bench.make_units(bench.Case.named("dpo-8-8"), 5)
-    found, _ = data.encode([data.parse(r)[1] for r in bench.records_of(units)], data.Tokenizer(bench.word_tokenizer(512)))
+    found, _ = data.encode([data.parse(r)[1][0] for r in bench.records_of(units)], data.Tokenizer(bench.word_tokenizer(512)))
     assert all(a.ids.tolist() == b.ids.tolist() and a.n_prompt == b.n_prompt for u, v in zip(units, found) for a, b in zip(u, v))
 
 

@@ -16,6 +16,7 @@ import numpy as np
 
 import dpo_variants
 import kto
+import ppo
 import train
 
 ROOT = Path(__file__).parent
@@ -67,14 +68,15 @@ def objectives_table():
     """Every objective and recipe, from signatures and docstrings: the README's first table of methods."""
     extra = {"score_gap": "scores", "chosen_win_prob": "win probabilities", "target_logps": "a third response"}
     rows = []
-    for name, f in {**kto.LOSSES, **dpo_variants.LOSSES}.items():
+    for name, f in {**kto.LOSSES, "offline_ppo": ppo.offline_ppo_loss, **dpo_variants.LOSSES}.items():
         wants = train.signature(f)[0]
         said = dict(line.strip().split(": ", 1) for line in inspect.getdoc(f).splitlines() if line.startswith(("Paper: ", "Idea: ")))
         needs = ["pairs" if train.is_paired(wants) else "labels", *(words for n, words in extra.items() if n in wants)]
         rows.append((name, said["Paper"], "yes" if train.REFERENCE & set(wants) else "no", " + ".join(needs), said["Idea"]))
     for name, r in train.RECIPES.items():
-        reference = {"none": "no", "moving": "moves"}.get(r.get("reference"), "the last stage" if "stages" in r else "yes")
-        rows.append((name, r["paper"], reference, {"self-play": "good responses"}.get(r.get("stages"), r.get("source", "pairs")), r["idea"] + "."))
+        reference = {"none": "no", "moving": "moves"}.get(r.get("reference"), "no" if name == "rm" else "the last stage" if "stages" in r else "yes")
+        needs = {"spin": "good responses", "sdpo_segment": "sessions", "ppo": "prompts + a reward"}.get(name, "pairs")
+        rows.append((name, r["paper"], reference, needs, r["idea"] + "."))
     cells = [" | ".join([f"`{name}`", *(cell.replace("|", "\\|") for cell in rest)]) for name, *rest in rows]
     return "\n".join(["| `--loss` | paper | reference | data | idea |", "|---|---|---|---|---|", *(f"| {row} |" for row in cells)])
 
@@ -82,7 +84,7 @@ def objectives_table():
 def main(argv):
     p = argparse.ArgumentParser(prog="experiments.py", description=__doc__.split("\n")[0])
     p.add_argument("name", choices=["methods", "objectives"], help="methods: run them; objectives: the table of papers and ideas")
-    p.add_argument("--losses", nargs="*", default=[*train.LOSSES, *train.RECIPES])
+    p.add_argument("--losses", nargs="*", default=[n for n in (*train.LOSSES, *train.RECIPES) if n != "rm"])
     p.add_argument("--seeds", nargs="*", type=int, default=[0, 1, 2])
     p.add_argument("--out", default="out/methods")
     p.add_argument("--table", action="store_true", help="only print the table of the results that are there")

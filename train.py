@@ -70,7 +70,7 @@ def token_nll_loss(logps, mean_len):
 
 LOSSES = {"sft": token_nll_loss, **kto.LOSSES, "offline_ppo": ppo.offline_ppo_loss, **{n: f for n, f in dpo_variants.LOSSES.items() if n != "sft"}}
 ACTING = {"rm": ppo.reward_model_loss, "ppo": ppo.actor_critic_loss}               # what learns is a reward model; a policy that acts, and its critic
-RECIPES = {   # no new curve: DPO's, with another mask, another reference or other data, and the flags that brings
+RECIPES = {   # no new curve: DPO's, with another mask, another reference or other data, and the flags that brings; and what is no policy's loss
     "ld_dpo": dict(loss="dpo", flags={"ld_alpha": 0.5}, paper="Liu et al. 2024, Length Desensitization in Direct Preference Optimization, arXiv 2409.06411",
                    idea="beyond the shorter response's length, the longer one's tokens count ld_alpha"),
     "tr_dpo": dict(loss="dpo", reference="moving", flags={"ref_mix": 0.6, "ref_every": 512},
@@ -83,13 +83,13 @@ RECIPES = {   # no new curve: DPO's, with another mask, another reference or oth
     "spin": dict(loss="dpo", stages="self-play", source="an expert's replies", flags={"stages": 3},
                  paper="Chen et al. 2024, Self-Play Fine-Tuning Converts Weak Language Models to Strong Language Models, arXiv 2401.01335",
                  idea="the rejected response is the last stage's own, so that imitation goes on where SFT ends"),
+    "dpo_reference_free": dict(loss="dpo", reference="none", paper="Rafailov et al. 2023, arXiv 2305.18290, with a uniform reference",
+                               idea="the reference's log-probs are 0: nothing holds the policy where it started"),
     "rm": dict(loss="rm", paper="Ouyang et al. 2022, Training language models to follow instructions with human feedback, arXiv 2203.02155",
                idea="a reward for every response, under which the annotator's choices are likeliest; PPO's judge"),
     "ppo": dict(loss="ppo", flags={"reward": "", "kl_coef": 0.05, "gamma": 1.0, "lam": 0.95, "ppo_epochs": 4, "minibatches": 4, "target_kl": 0.0},
                 paper="Schulman et al. 2017, Proximal Policy Optimization Algorithms, arXiv 1707.06347",
                 idea="the policy writes, a reward judges, and a clipped step makes the better tokens likelier"),
-    "dpo_reference_free": dict(loss="dpo", reference="none", paper="Rafailov et al. 2023, arXiv 2305.18290, with a uniform reference",
-                               idea="the reference's log-probs are 0: nothing holds the policy where it started"),
 }
 REFERENCE = {"logratios", "kl_logratios", "chosen_logratios", "rejected_logratios", "ref_chosen_logps", "ref_rejected_logps",
              "reward_shift", "margin_mean", "batch_margin_mean", "chosen_kl", "rejected_kl", "advantages"}                            # names that need a reference

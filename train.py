@@ -652,10 +652,7 @@ def run(argv, held):
     if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) and (out / "config.json").is_file():        # torchrun has started us again: go on
         cfg.resume, cfg.overwrite = True, False
     check_out(out, cfg)
-    named = cfg.model
-    for name in filter(lambda name: getattr(cfg, name), ("model", "init", "ref")):                          # a hub name becomes the folder of its files
-        setattr(cfg, name, str(folder := model.local_folder(getattr(cfg, name), name, trust_remote_code=cfg.trust_remote_code)))
-        model.read_model_config(folder, name), model.weight_files(folder, name)
+    named = find_models(cfg)
     loss, z0, recipe, stages = find_loss(cfg.loss), hyper.get("z0"), RECIPES.get(cfg.loss, {}), hyper.get("stages", 1)
     paired = is_paired(signature(loss)[0]) and recipe.get("stages") != "self-play"         # self-play makes its own pairs
     source = (file_source if cfg.data else world_source)(cfg, paired, recipe)
@@ -670,7 +667,8 @@ def run(argv, held):
     n_d, n_u = (sum(row.desirable is side for u in units for row in u) for side in (True, False))
     balance = set_lambdas(hyper, n_d, n_u, cfg.lambda_ratio)
     own, hyper = hyper, {k: v[0] if isinstance(v, list) else v for k, v in hyper.items() if k in signature(loss)[1]}           # a list: one for each stage
-    task = Task(cfg, group, loss, hyper, z0, source.tokenizer, own)
+    reward = ppo.load_reward(own["reward"], source.tokenizer, device=group.device) if "advantages" in signature(loss)[0] else None
+    task = Task(cfg, group, loss, hyper, z0, source.tokenizer, own, reward)
     if task.needs_partners and len({u[0].prompt_key for u in units}) < 2:
         raise SystemExit(f"--data {' '.join(cfg.data)}: all rows have one prompt, as the model sees it (--max_prompt_len {cfg.max_prompt_len}); "
                          "z0 is estimated from mismatched pairs, which need two: give --z0 zero or more prompts")
@@ -683,21 +681,8 @@ def run(argv, held):
         cfg.init, cfg.ref = cfg.init or old["init"], cfg.ref or old["ref"]
     base = cfg.model or (cfg.init if cfg.init and cfg.ref else base_model(cfg, group, source))
     cfg.init, cfg.ref = cfg.init or base, cfg.ref or base
-    policy = learner(cfg.loss, named if cfg.init == cfg.model and named else cfg.init, cfg, group)                           # an adapter names its base
-    if cfg.checkpoint_activations:
-        policy.checkpoint_activations()
-    if cfg.save == "adapter" and actor(policy).sft_adapter:
-        raise SystemExit(f"--save adapter: the new adapter would stand on {named} merged into its base, which no adapter folder can say; save it merged")
-    if actor(policy).context < cfg.max_len:
-        raise SystemExit(f"--max_len {cfg.max_len}: the model in {cfg.init} has a context of {policy.context} tokens")
-    if source.tokenizer.vocab_size > actor(policy).vocab_size:
-        raise SystemExit(f"--model {cfg.init}: its tokenizer has {source.tokenizer.vocab_size} tokens, its embedding only {actor(policy).vocab_size}")
-    if "advantages" in task.wants:
-        task.reward = ppo.load_reward(own["reward"], source.tokenizer, device=group.device)
-    use_threads(policy)
-    group.say(f"policy: {cfg.init}, {sum(p.numel() for p in policy.parameters()):,} weights" + (f", {sum(p.numel() for _, p in trained(policy)):,} of them trained (rank {cfg.lora})" if cfg.lora else "")
-              + (f" | sharded over {group.size} processes" if cfg.fsdp else "") + ("" if actor(policy).flat else " | rows are padded: this architecture does not keep flat ones apart")
-              + ("" if getattr(actor(policy), "chunked", True) else " | logits are held whole: this head is not a plain product")
+    policy = start(cfg, group, source, named)
+    group.say(introduce(policy, cfg, group)
               + (f" | reference: {cfg.ref}" if task.needs_reference and recipe.get("reference") != "none" else " | no reference needed")
               + (f" | {stages} stages of {cfg.steps} steps, each against the policy of the one before" if stages > 1 else ""))
     seconds = {"base": time.perf_counter() - clock}
@@ -743,15 +728,7 @@ def run(argv, held):
     if group.rank == 0:
         source.tokenizer.save(out / "model")
         try:
-            policy = actor(policy or load(out / "model", cfg, group))
-            if isinstance(policy, ppo.RewardModel):
-                evaluate.report_rewards({"train": ppo.accuracy(policy, units[:2000]), "eval": ppo.accuracy(policy, source.held_out())}, cfg, seconds)
-            else:
-                reference = frozen_reference(cfg, group, policy)
-                source.report(policy, reference, seconds)
-            if judge:
-                rows = evaluate.compare(out, record, lambda: (policy, reference, source.tokenizer), seed=cfg.seed, device=group.device)
-                print(evaluate.win_rate_lines(evaluate.judge_comparison(out, record, rows, judge, cfg.judge)))
+            judge_run(actor(policy or load(out / "model", cfg, group)), source, units, cfg, group, judge, record, seconds)
         except torch.OutOfMemoryError:
             if not record["fsdp"]:
                 raise
@@ -759,6 +736,49 @@ def run(argv, held):
         found = json.loads((out / "eval.json").read_text()) if (out / "eval.json").is_file() else {}
         (out / "model" / "README.md").write_text(evaluate.model_card(record, found))
     group.until_first_is_done()
+
+
+def judge_run(policy, source, units, cfg, group, judge, record, seconds):
+    """What came out: eval.json, pictures, samples, the end of the story; and what a judge says who was asked."""
+    if isinstance(policy, ppo.RewardModel):
+        return evaluate.report_rewards({"train": ppo.accuracy(policy, units[:2000]), "eval": ppo.accuracy(policy, source.held_out())}, cfg, seconds)
+    reference = frozen_reference(cfg, group, policy)
+    source.report(policy, reference, seconds)
+    if judge:
+        rows = evaluate.compare(cfg.out, record, lambda: (policy, reference, source.tokenizer), seed=cfg.seed, device=group.device)
+        print(evaluate.win_rate_lines(evaluate.judge_comparison(cfg.out, record, rows, judge, cfg.judge)))
+
+
+def find_models(cfg):
+    """Hub names become the folders of their files; -> --model as it was typed. SystemExit where there is no model."""
+    named = cfg.model
+    for name in filter(lambda name: getattr(cfg, name), ("model", "init", "ref")):
+        setattr(cfg, name, str(folder := model.local_folder(getattr(cfg, name), name, trust_remote_code=cfg.trust_remote_code)))
+        model.read_model_config(folder, name), model.weight_files(folder, name)
+    return named
+
+
+def start(cfg, group, source, named):
+    """What is trained, from --init, once it fits the data and the flags. `named`: --model as it was typed, which an adapter calls its base."""
+    policy = learner(cfg.loss, named if cfg.init == cfg.model and named else cfg.init, cfg, group)
+    if cfg.checkpoint_activations:
+        policy.checkpoint_activations()
+    if cfg.save == "adapter" and actor(policy).sft_adapter:
+        raise SystemExit(f"--save adapter: the new adapter would stand on {named} merged into its base, which no adapter folder can say; save it merged")
+    if actor(policy).context < cfg.max_len:
+        raise SystemExit(f"--max_len {cfg.max_len}: the model in {cfg.init} has a context of {actor(policy).context} tokens")
+    if source.tokenizer.vocab_size > actor(policy).vocab_size:
+        raise SystemExit(f"--model {cfg.init}: its tokenizer has {source.tokenizer.vocab_size} tokens, its embedding only {actor(policy).vocab_size}")
+    use_threads(policy)
+    return policy
+
+
+def introduce(policy, cfg, group):
+    return (f"policy: {cfg.init}, {sum(p.numel() for p in policy.parameters()):,} weights"
+            + (f", {sum(p.numel() for _, p in trained(policy)):,} of them trained (rank {cfg.lora})" if cfg.lora else "")
+            + (f" | sharded over {group.size} processes" if cfg.fsdp else "")
+            + ("" if actor(policy).flat else " | rows are padded: this architecture does not keep flat ones apart")
+            + ("" if getattr(actor(policy), "chunked", True) else " | logits are held whole: this head is not a plain product"))
 
 
 def learner(loss, folder, cfg, group):

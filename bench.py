@@ -287,7 +287,7 @@ class Theirs:
     def __init__(self, case, folder, records, device, *, cached=False):
         from accelerate.state import AcceleratorState
         from datasets import Dataset
-        from transformers import AutoModelForCausalLM
+        from transformers import AutoModelForCausalLM, PrinterCallback
         from trl import DPOConfig, DPOTrainer, KTOConfig, KTOTrainer
         AcceleratorState._reset_state(True)                                            # or the first trainer's precision would be everybody's
         config, trainer = (DPOConfig, DPOTrainer) if case.kind == "dpo" else (KTOConfig, KTOTrainer)
@@ -297,6 +297,7 @@ class Theirs:
         load = lambda name: AutoModelForCausalLM.from_pretrained(folder / name, dtype=torch.float32)                   # noqa: E731
         self.trainer = trainer(model=load("policy"), ref_model=None if cached else load("ref"), args=args, train_dataset=Dataset.from_list(records),
                                processing_class=word_tokenizer(case.vocab))
+        self.trainer.remove_callback(PrinterCallback)                                  # no lines in the middle of a table
         self.model, self.case, self.trainer.current_gradient_accumulation_steps = self.trainer.model, case, 1
 
     def inputs(self, ours, batch, cached):

@@ -76,14 +76,14 @@ def read(files, *, columns=None, threshold=None, scored="labels"):
     "pairs": see pairs_from_scores.
     Raises SystemExit with one line that names the file, the row and what would have been valid.
     """
-    examples, formats = [], Counter()
-    for file in [files] if isinstance(files, (str, Path)) else files:
+    examples, formats, files = [], Counter(), [files] if isinstance(files, (str, Path)) else files
+    for file in files:
         for where, record in _records(file):
             name, found = parse(record, where, columns=columns, threshold=threshold, scored=scored)
             formats[name] += 1
             examples += found
     if not examples:
-        raise SystemExit(f"--data {files}: no rows in it")
+        raise SystemExit(f"--data {' '.join(map(str, files))}: no rows in it")
     if len({type(e) for e in examples}) > 1:
         odd = next(e for e in examples if type(e) is not type(examples[0]))
         raise SystemExit(f"{odd.where}: mixes pairs and single responses: the rows before are {type(examples[0]).__name__}, this one is {type(odd).__name__}")
@@ -92,7 +92,7 @@ def read(files, *, columns=None, threshold=None, scored="labels"):
         examples, counts = pairs_from_scores(examples)
         name += f" as pairs ({counts_line(counts)})"
         if not examples:
-            raise SystemExit(f"--data {files}: no pairs in {name}")
+            raise SystemExit(f"--data {' '.join(map(str, files))}: no pairs in {name}")
     return examples, name
 
 

@@ -27,59 +27,72 @@ def messages(text):
     turn = st.builds(lambda role, t, how: {"role": role, "content": t} if how else {"from": role, "value": t}, roles, text, st.booleans())
     call = st.just({"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": "{}"}}]})
     proper = st.lists(text, min_size=1, max_size=2).map(lambda ts: [m for t in ts for m in ({"role": "user", "content": t}, {"role": "assistant", "content": t})])
-    return proper | st.lists(turn | call, max_size=4)
+    return rarely(6).flatmap(lambda odd: st.lists(turn | call, max_size=4) if odd else proper)
 
 
-def record(text):
-    """A row of any format; its numbers and labels are mostly right."""
+def rarely(n):
+    """True once in n times."""
+    return st.integers(1, n).map(lambda i: i == n)
+
+
+def record(text, paired=None):
+    """A row of any format, or of those for a loss on pairs or on labels; its numbers and labels are mostly right."""
     label, number = st.sampled_from([True, False, True, False, 1, 0, -1]), st.floats(-2, 2) | st.integers(-3, 3)
-    some, prompt = text | messages(text), text | messages(text)
+    prompt = text | messages(text).map(lambda ms: ms[:-1] or ms)
     turn = text.map(lambda t: {"role": "assistant", "content": t})
     segment = st.builds(lambda a, b: {"start": a, "end": b}, st.integers(-1, 2), st.integers(0, 3))
     optional = dict(score_chosen=st.just(2.0), score_rejected=number, win_prob_chosen=st.just(0.7), win_prob_rejected=number, target=text, system=text, segment=segment,
                     truncated=st.booleans())
-    return st.one_of(
-        st.fixed_dictionaries(dict(prompt=prompt, completion=text, label=label)),
-        st.fixed_dictionaries(dict(prompt=text, completion=text, label=label)),
+    pairs = [
         st.fixed_dictionaries(dict(prompt=text, chosen=text, rejected=text), optional=optional),
-        st.fixed_dictionaries(dict(prompt=text, chosen=text, rejected=text), optional=optional),
-        st.fixed_dictionaries(dict(prompt=prompt, chosen=some | turn, rejected=some | turn), optional=optional),
+        st.fixed_dictionaries(dict(prompt=text, chosen=text, rejected=text, score_chosen=st.just(2.0), score_rejected=number, win_prob_chosen=st.just(0.7), win_prob_rejected=st.just(0.2))),
+        st.fixed_dictionaries(dict(prompt=prompt, chosen=text | turn, rejected=text | turn), optional=optional),
         st.fixed_dictionaries(dict(chosen=messages(text), rejected=messages(text))),
+        st.fixed_dictionaries(dict(prompt=text, responses=st.lists(text, min_size=2, max_size=3), scores=st.lists(number, min_size=2, max_size=3)))]
+    single = [
+        st.fixed_dictionaries(dict(prompt=prompt, completion=text, label=label)),
         st.fixed_dictionaries(dict(messages=messages(text), label=label), optional=optional),
         st.fixed_dictionaries(dict(conversations=messages(text), kto_tag=label)),
         st.fixed_dictionaries(dict(instruction=text, output=text, label=label), optional=dict(input=text, history=st.lists(st.lists(text, min_size=2, max_size=2), max_size=1))),
-        st.fixed_dictionaries(dict(prompt=text, response=text, score=number)),
-        st.fixed_dictionaries(dict(prompt=text, responses=st.lists(text, max_size=3), scores=st.lists(number, max_size=3))))
+        st.fixed_dictionaries(dict(prompt=text, response=text, score=number))]
+    return st.one_of(pairs if paired is True else single if paired is False else pairs + single)
 
 
 @st.composite
-def files(draw):
-    """(name of the file, its bytes)"""
-    one = draw(record(draw(st.sampled_from([good_texts, good_texts, texts]))))                     # most files keep to one format, with other texts
-    rows = [{k: draw(good_texts) if isinstance(v, str) and draw(st.booleans()) else v for k, v in one.items()} for _ in range(draw(st.integers(1, 6)))]
-    if draw(st.integers(0, 3)) == 0:
+def files(draw, paired=None):
+    """(name of the file, its bytes): most files are in order, of one format, and their rows differ in their texts."""
+    one = draw(record(texts if draw(rarely(3)) else good_texts, paired))
+
+    def vary(x, key=None):
+        if isinstance(x, dict):
+            return {k: vary(v, k) for k, v in x.items()}
+        return [vary(v) for v in x] if isinstance(x, list) else draw(good_texts) if isinstance(x, str) and key not in ("role", "from") else x
+
+    rows = [one] + [vary(one) for _ in range(draw(st.integers(1, 5)))]
+    if draw(rarely(8)):
         rows.append(draw(record(texts)))
-    if draw(st.integers(0, 2)) == 0:                                                               # one cell is broken, renamed or gone
+    if draw(rarely(4)):                                                                            # one cell is broken, renamed or gone
         row = rows[draw(st.integers(0, len(rows) - 1))]
         column = draw(st.sampled_from(sorted(row)))
         how = draw(st.sampled_from(["junk", "gone", "renamed"]))
         value = row.pop(column)
         if how != "gone":
             row[column if how == "junk" else draw(texts)] = draw(junk) if how == "junk" else value
-    if draw(st.integers(0, 9)) == 0:
+    if draw(rarely(16)):
         rows.append(draw(junk))
     lines = [json.dumps(r, ensure_ascii=draw(st.booleans())) for r in rows]
-    text = "[" + ",".join(lines) + "]" if draw(st.integers(0, 3)) == 0 else draw(st.sampled_from(["\n", "\r\n", "\n\n"])).join(lines)
+    text = "[" + ",".join(lines) + "]" if draw(rarely(4)) else draw(st.sampled_from(["\n", "\r\n", "\n\n"])).join(lines)
     content = text.encode("utf-8", "surrogatepass")
-    if draw(st.integers(0, 5)) == 0:
+    if draw(rarely(12)):
         content = content[:draw(st.integers(0, len(content)))]
-    if draw(st.integers(0, 9)) == 0:
+    if draw(rarely(12)):
         at = draw(st.integers(0, len(content)))
         content = content[:at] + draw(st.binary(max_size=4) | st.sampled_from([b"\xef\xbb\xbf", b"PAR1", b"[" * 100_000, b'{"a":' * 3000, b"NaN", b"1e999", b"9" * 5000])) + content[at:]
-    return draw(st.sampled_from(["rows.jsonl", "rows.json", "rows.txt", "rows.parquet", "ro ws;'.jsonl"][:3] * 5 + ["rows.parquet", "ro ws;'.jsonl"])), content
+    return draw(st.sampled_from(["rows.jsonl", "rows.json", "rows.txt"] * 8 + ["rows.parquet", "ro ws;'.jsonl"])), content
 
 
-LOSS = [*train.LOSSES, *train.RECIPES, "dpo + 0.1*sft", "kto + 0.5*bco", "nope", "", "dpo + kto", "0*dpo", "1e9*dpo", "-1*dpo", "+", "dpo+", "__class__", "kto\n"]
+BAD_LOSS = ["nope", "", "dpo + kto", "0*dpo", "1e9*dpo", "-1*dpo", "+", "dpo+", "__class__", "kto\n"]
+LOSS = [*train.LOSSES, *train.RECIPES, "dpo + 0.1*sft", "kto + 0.5*bco"]
 WRONG = ["", "x", "-1", "0", "nan", "inf", "1e999", "1.5", "\x00", "\u00e9", "None", "1e-320", "99999999999999999999", "/", ".", "true", "1,2", "NUL\n", "-", "--", "0x10", "1_0", "\u0663"]
 VALUES = {                                                                     # mostly good; what would train for hours is left out
     "batch_size": ["1", "2", "5", "1000"], "micro_batch_size": ["0", "1", "3"], "lr": ["1e-3", "1e30", "1e-30"], "warmup": ["0", "1", "1000"], "weight_decay": ["0.1", "1e9"],
@@ -93,15 +106,19 @@ VALUES = {                                                                     #
     "ld_alpha": ["0", "1", "2", "-1"], "ref_mix": ["1", "0.5"], "ref_every": ["1"], "stages": ["1", "2"], "judge": ["world", "nobody.py:f"], "tokenizer": ["gpt2-bpe", "/"],
     "eval_data": ["FILE", "/nowhere"], "resume": [None], "overwrite": [None], "dry_run": [None], "model": ["MODEL", "/nowhere", "a/b/c"], "init": ["MODEL", "/"], "ref": ["MODEL", "FILE"],
     "nope": ["1"], "help": [None], "": ["1"], "loss": ["dpo"], "\u00e9": ["1"]}
-flag = st.sampled_from(sorted(VALUES)).flatmap(lambda name: st.tuples(st.just(name), st.sampled_from(VALUES[name] * 3 + (WRONG if VALUES[name] != [None] else ["x"]))))
 
 
 @st.composite
-def flag_words(draw, most=4):
+def commands(draw, most=3):
+    """A loss and flags, mostly such as it has."""
+    loss = draw(st.sampled_from(BAD_LOSS if draw(rarely(12)) else LOSS if draw(st.booleans()) else ["kto"]))
+    own = train.signature(train.find_loss(loss))[1] | train.RECIPES.get(loss, {}).get("flags", {}) | {"z0": 0} if loss in LOSS else {}
+    own = sorted(VALUES) if draw(rarely(8)) else [name for name in sorted(VALUES) if name in own or name in train.Config.__dataclass_fields__]
     words = []
-    for name, value in draw(st.lists(flag, max_size=most)):
+    for name in draw(st.just([]) | st.lists(st.sampled_from(own), max_size=most)):
+        value = draw(st.sampled_from(WRONG if draw(rarely(6)) else VALUES[name]))
         words += [f"--{name}"] if value is None else [f"--{name}={value}"] if draw(st.booleans()) else [f"--{name}", value]
-    return words + draw(st.sampled_from([[]] * 15 + [["kto"], ["--"], ["---"], ["-h"], ["--lr"], [""]]))
+    return loss, words + draw(st.sampled_from([[]] * 40 + [["--dry_run"]] * 20 + [["kto"], ["--"], ["---"], ["-h"], ["--lr"], [""]]))
 
 
 def outcome(words, call):
@@ -138,8 +155,8 @@ def room(tmp_path_factory):
     os.chdir(before)
 
 
-def trains_or_says_why(room, file, loss, start, words):
-    name, content = file
+def trains_or_says_why(room, file, start, command):
+    (name, content), (loss, words) = file, command
     (room / name).write_bytes(content)
     shutil.rmtree(room / "out", ignore_errors=True)
     words = [{"FILE": name, "MODEL": "model"}.get(w.rpartition("=")[2], w) if not w.startswith("--") else w.replace("=FILE", "=" + name).replace("=MODEL", "=model") for w in words]
@@ -152,34 +169,41 @@ def trains_or_says_why(room, file, loss, start, words):
         for line in open(room / "out/run/metrics.jsonl"):
             m = json.loads(line)
             assert all(x is None or math.isfinite(x) for x in m.values()), (argv, m)
-    if said and "step" not in said and "expected --name" not in said and not re.search(r"--\w+", said):
+    if said not in (None, "help") and "step" not in said and "expected --name" not in said and not re.search(r"--\w+", said):
         assert name in said, (argv, said)
     (room / name).unlink()
     return said
 
 
+@st.composite
+def runs(draw):
+    """(file, --init and --ref or --model, (loss, flags)): the file is mostly one that the loss can learn from."""
+    loss, words = command = draw(commands())
+    paired = None if loss in BAD_LOSS or loss == "kto" or draw(rarely(8)) else train.is_paired(train.signature(train.find_loss(loss))[0])
+    return draw(files(paired)), draw(starts), command
+
+
 starts = st.sampled_from([["--init", "model", "--ref", "model"], ["--model", "model"]])
 quick = dict(deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck), phases=[Phase.generate, Phase.shrink])
-cases = dict(file=files(), loss=st.sampled_from(["kto"] * 8 + ["dpo"] * 8 + LOSS), start=starts, words=flag_words() | st.just([]) | st.just(["--dry_run"]))
 
 
 @settings(max_examples=200, **quick)
-@given(**cases)
-def test_any_file_and_any_flags_train_or_stop_with_one_line(room, file, loss, start, words):
-    trains_or_says_why(room, file, loss, start, words)
+@given(run=runs())
+def test_any_file_and_any_flags_train_or_stop_with_one_line(room, run):
+    trains_or_says_why(room, *run)
 
 
 @pytest.mark.slow
 @settings(max_examples=2000, **quick)
-@given(**cases)
-def test_two_thousand_files_and_flags_train_or_stop_with_one_line(room, file, loss, start, words):
-    trains_or_says_why(room, file, loss, start, words)
+@given(run=runs())
+def test_two_thousand_files_and_flags_train_or_stop_with_one_line(room, run):
+    trains_or_says_why(room, *run)
 
 
 @settings(max_examples=500, **quick)
-@given(loss=st.sampled_from(LOSS), words=flag_words(most=6), with_data=st.booleans())
-def test_any_flags_are_settings_or_one_line(room, loss, words, with_data):
+@given(command=commands(most=6), with_data=st.booleans())
+def test_any_flags_are_settings_or_one_line(room, command, with_data):
     """Without the work that follows, and for the embedded world too."""
     with pytest.MonkeyPatch.context() as m:
         m.setattr(train, "run", lambda argv, held: train.settings(argv))
-        outcome(["--loss", loss, *(["--data", "rows.jsonl"] if with_data else []), *words], train.main)
+        outcome(["--loss", command[0], *(["--data", "rows.jsonl"] if with_data else []), *command[1]], train.main)

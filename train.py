@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import atexit
+import errno
 import gc
 import hashlib
 import inspect
@@ -206,7 +207,7 @@ def train_step(policy, reference, optimizer, batch, units, task, running, *, upd
     grad_norm, lr = descend(policy, optimizer, task, batch.step, update)
     # ------------------------------------------------------------------------------------ everything below is diagnostics
     return {"step": batch.step, "epoch": round(batch.epoch, 4), "loss": float(table[0].mean()), "grad_norm": grad_norm, "lr": lr,
-            "tokens_per_second": float(table[1].sum()) / (time.perf_counter() - start)} | diagnostics(table[2:].T, ref_logps, batch, units, task, shared)
+            "tokens_per_second": float(table[1].sum()) / max(time.perf_counter() - start, 1e-9)} | diagnostics(table[2:].T, ref_logps, batch, units, task, shared)
 
 
 def descend(policy, optimizer, task, step, update=True):
@@ -259,7 +260,7 @@ def ppo_step(both, reference, optimizer, batch, units, task, running, *, update=
     apart = (seen.old_token_logps - seen.ref_token_logps)[seen.mask].abs().max()
     return {"step": batch.step, "epoch": round(batch.epoch, 4), "loss": float(total[0] / total[1]), "grad_norm": norms[0], "lr": lr, **seen.stats,
             "clip_fraction": float(total[2] / total[1]), "kl/old": float(total[3] / total[1]), "logratios/max": float(apart), "updates": len(norms),
-            "tokens_per_second": float(seen.mask.sum()) / (time.perf_counter() - start)}
+            "tokens_per_second": float(seen.mask.sum()) / max(time.perf_counter() - start, 1e-9)}
 
 
 def ppo_parts(mine, seen, cfg, budget):
@@ -458,9 +459,10 @@ def frozen_reference(cfg, group, policy=None):
 
 def load(folder, cfg, group, **how):
     dtype = torch.bfloat16 if cfg.lora and cfg.dtype == "bf16" else DTYPES[cfg.dtype]                # peft keeps its own weights in fp32
+    flag = next((name for name in ("model", "init", "ref") if str(getattr(cfg, name)) == str(folder)), "model")          # whose folder it is, for messages
     if cfg.fsdp:
-        return load_sharded(folder, cfg, group, dtype=dtype, trust_remote_code=cfg.trust_remote_code)
-    return model.load_policy(folder, device=group.device, dtype=dtype, trust_remote_code=cfg.trust_remote_code, **how)
+        return load_sharded(folder, cfg, group, dtype=dtype, trust_remote_code=cfg.trust_remote_code, flag=flag)
+    return model.load_policy(folder, device=group.device, dtype=dtype, trust_remote_code=cfg.trust_remote_code, flag=flag, **how)
 
 
 def mismatched_units(units, batch, cfg):
@@ -625,6 +627,9 @@ def example_values(n):
 
 # --- a run ------------------------------------------------------------------------------------------------------------
 
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO)
+
+
 def main(argv=None):
     try:
         with ExitStack() as held:
@@ -634,6 +639,11 @@ def main(argv=None):
             raise
         line = re.sub(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]+", " ", e.code)           # names come from files and may hold anything
         raise SystemExit(line if Group.first_to_say(line) else 1) from None           # one line in all, not one per process
+    except (OSError, SafetensorError) as e:
+        if isinstance(e, OSError) and e.errno not in NO_ROOM:
+            raise
+        raise SystemExit(f"{getattr(e, 'filename', None) or '--out'} cannot be written ({getattr(e, 'strerror', None) or e}); "
+                         "what was there before is untouched: make room, then --resume") from None
     except RuntimeError as e:                                                   # a collective that nobody answers: whoever has failed says why
         if not dist.is_initialized() or not re.search("gloo|nccl", str(e), re.I):
             raise
@@ -677,7 +687,7 @@ def run(argv, held):
     # --- where it starts, and what it is compared with
     clock = time.perf_counter()
     if cfg.resume:                                                               # from what it started from, even if the code has changed since
-        old = json.loads((out / "config.json").read_text())
+        old = read_config(out)
         cfg.init, cfg.ref = cfg.init or old["init"], cfg.ref or old["ref"]
     base = cfg.model or (cfg.init if cfg.init and cfg.ref else base_model(cfg, group, source))
     cfg.init, cfg.ref = cfg.init or base, cfg.ref or base
@@ -695,6 +705,7 @@ def run(argv, held):
     if group.rank == 0 and not cfg.dry_run:
         check_disk(out, policy)
         held.enter_context(locked(out / "lock", wait=False))
+        check_out(out, cfg)                                                      # again: another run may have come and gone since
         prepare_out(out, record, done, cfg)
     group.barrier()
 
@@ -720,13 +731,16 @@ def run(argv, held):
             reference.ahead(first, task.needs_partners)
         loop(policy, reference, optimizer, some, prompts, task, source, range(first, cfg.steps), running, apart, stage, stages)
     seconds |= {"align": time.perf_counter() - clock, "align_cpu": time.process_time() - cpu}
-    save_model(actor(policy), out / "model", group, eot=source.tokenizer.eot, **({"adapter": True} if cfg.save == "adapter" else {}))
+    beside = out / "model.tmp"
+    save_model(actor(policy), beside, group, eot=source.tokenizer.eot, **({"adapter": True} if cfg.save == "adapter" else {}))
     if cfg.fsdp:                                                                 # what follows is one process's work, with whole models
         policy = reference = optimizer = None
         cfg.fsdp = False
         gc.collect()
     if group.rank == 0:
-        source.tokenizer.save(out / "model")
+        source.tokenizer.save(beside)
+        shutil.rmtree(out / "model", ignore_errors=True)
+        os.replace(beside, out / "model")                                        # whole or absent
         try:
             judge_run(actor(policy or load(out / "model", cfg, group)), source, units, cfg, group, judge, record, seconds)
         except torch.OutOfMemoryError:
@@ -1133,8 +1147,12 @@ def fit(policy, rows, cfg, group, what):
 @contextmanager
 def locked(path, wait=True):
     """Holds a lock file; where another process holds it, waits or ends in one line."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "w") as f:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        f = open(path, "w")
+    except OSError as e:
+        raise SystemExit(f"--out {path.parent}: cannot be written to ({e.strerror})") from None
+    with f:
         try:
             import fcntl
             fcntl.flock(f, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
@@ -1182,15 +1200,19 @@ def load_checkpoint(folder, policy, optimizer=None, reference=None):
         try:
             with safe_open(path, "pt") as f:
                 saved, state = {k: f.get_tensor(k) for k in f.keys()}, json.loads(f.metadata()["state"])
+            if type(state["step"]) is not int or state["step"] < 0 or not all(isinstance(x, float) for x in state["running"].values()):
+                raise ValueError(f"its state is {str(state)[:80]}")
+            torch.Generator().set_state(saved["rng"])
             break
-        except (SafetensorError, OSError, KeyError, TypeError, ValueError) as e:
+        except (SafetensorError, OSError, KeyError, TypeError, ValueError, AttributeError, RuntimeError) as e:
             print(f"--resume: {path} is damaged ({e}); going back to the one before it", file=sys.stderr, flush=True)
     else:
         if files:
             raise SystemExit(f"--resume: none of the checkpoints in {folder} can be read; --overwrite starts again")
         return 0, {}
+    wrong = torch.empty(0, 0, 0, 0)
     for name, p in trained(policy):
-        if getattr(saved.get("policy." + name), "shape", None) != p.shape:
+        if any(saved.get(f"{key}.{name}", wrong if key == "policy" else p).shape != p.shape for key in ("policy", "exp_avg", "exp_avg_sq")):
             raise SystemExit(f"--resume: {path} has no tensor of shape {list(p.shape)} for {name}: it belongs to another model")
         p.data.copy_(saved["policy." + name])
         if optimizer is not None and "exp_avg." + name in saved:
@@ -1201,8 +1223,16 @@ def load_checkpoint(folder, policy, optimizer=None, reference=None):
     return state["step"], state["running"]
 
 
+def read_config(out):
+    try:
+        old = json.loads((out / "config.json").read_text())
+        return {"init": "", "ref": "", **old}
+    except (ValueError, TypeError) as e:
+        raise SystemExit(f"--resume: {out}/config.json is broken ({e}); what the run was started with is not known. --overwrite starts again") from None
+
+
 def refuse_changes(out, record):
-    old = json.loads((out / "config.json").read_text())
+    old = read_config(out)
     fixed = set(record) - MAY_CHANGE - {"origin", "processes", "versions", "commit"}
     changed = [f"{k} was {old[k]}, is {record[k]}" for k in sorted(fixed) if k in old and k in record and old[k] != record[k]]
     if changed:
@@ -1241,11 +1271,21 @@ def prepare_out(out, record, start, cfg):
     if not cfg.resume:
         for path in [*(out / name for name in RUN_FILES), *out.glob("stage-*"), *out.glob("*.tmp")]:
             shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
-    out.mkdir(parents=True, exist_ok=True)
-    lines = (out / "metrics.jsonl").read_text().splitlines() if start else []
-    kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] < start]     # later steps are done again
-    (out / "metrics.jsonl").write_text("".join(line + "\n" for line in kept))
-    (out / "config.json").write_text(json.dumps(record, indent=2) + "\n")
+    for half in [*out.glob("*.tmp"), *out.glob("checkpoint/*.tmp")]:                 # of a run that was killed
+        shutil.rmtree(half) if half.is_dir() else half.unlink()
+    lines = (out / "metrics.jsonl").read_text(errors="replace").splitlines() if start and (out / "metrics.jsonl").is_file() else []
+    kept = {step: line for line in lines if (step := step_of(line)) is not None and step < start}            # later steps are done again
+    for name, text in (("metrics.jsonl", "".join(line + "\n" for line in kept.values())), ("config.json", json.dumps(record, indent=2) + "\n")):
+        (out / f"{name}.tmp").write_text(text)
+        os.replace(out / f"{name}.tmp", out / name)                                  # killed here or there, one of them is whole
+
+
+def step_of(line):
+    """The step of a line of metrics.jsonl; None of half a line."""
+    try:
+        return json.loads(line)["step"]
+    except (ValueError, TypeError, KeyError):
+        return None
 
 
 def git_commit():
@@ -1273,6 +1313,8 @@ class Group:
         if cuda:
             torch.cuda.set_device(local)
         if size > 1 and not dist.is_initialized():
+            if size == int(os.environ.get("LOCAL_WORLD_SIZE", 0)):                          # one machine: its processes talk over loopback, and nobody else can
+                os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo0" if sys.platform == "darwin" else "lo")
             Group.store = agree_on_a_name(next(dist.rendezvous("env://", timeout=timedelta(seconds=timeout)))[0], rank, size)
             dist.init_process_group("nccl" if cuda else "gloo", store=Group.store, rank=rank, world_size=size, timeout=timedelta(seconds=timeout))
         return cls(rank, size, torch.device(f"cuda:{local}" if cuda else device or "cpu"))
@@ -1282,7 +1324,10 @@ class Group:
         """Whether no other process has said this before: a complaint of all is printed once, that of a single one is not lost."""
         if cls.store is None:                                                       # before they have met all see the same
             return int(os.environ.get("RANK", 0)) == 0
-        return cls.store.add(line, 1) == 1
+        try:
+            return cls.store.add(line, 1) == 1
+        except RuntimeError:                                                        # torchrun, who holds it, has gone
+            return True
 
     def sum(self, tensor):
         """All-reduced in place: each rank fills in its part, the rest is 0."""

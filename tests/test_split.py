@@ -13,7 +13,7 @@ import torch
 
 import evaluate
 import train
-from test_train import ROOT, flags, lab, largest_difference, metrics, pair_flags, pairs, torchrun, weights  # noqa: F401
+from test_train import ROOT, flags, lab, largest_difference, metrics, pair_flags, pairs, weights  # noqa: F401
 
 STEPS, SIZES, MICRO = 5, (1, 2, 4), (1, 2, 0)                               # 0: as many rows as fit
 MATRIX = ("kto", "dpo", "bco", "beta_dpo")                                  # the last two carry running means
@@ -173,8 +173,8 @@ def test_a_process_that_fails_takes_the_job_down_with_its_own_error_once(pairs, 
 
 @pytest.mark.slow
 def test_torchrun_starts_a_killed_job_again_and_it_goes_on(pairs, splits, tmp_path):
-    """Six times: without a name for each attempt (train.agree_on_a_name) most of these would hang."""
-    for i in range(6):
+    """Three times: without a name for each attempt (train.agree_on_a_name) most of these would hang."""
+    for i in range(3):
         words = words_for("kto", pairs, tmp_path / str(i), "--save_every", 2, "--timeout", 60)
         code, said, _ = with_fault(tmp_path, "kill", words, "--max_restarts", "1")
         assert code == 0, said[-3000:]

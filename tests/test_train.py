@@ -52,8 +52,11 @@ def largest_difference(a, b):
 
 @pytest.fixture(scope="module")
 def lab(tmp_path_factory):
+    return make_lab(tmp_path_factory.mktemp("lab"))
+
+
+def make_lab(folder):
     """A file of 27 labelled rows, a random reference, and a policy that moved away from it so that z0 is well above 0."""
-    folder = tmp_path_factory.mktemp("lab")
     rng = np.random.default_rng(0)
     words = "sun moon rain wind leaf stone river cloud bird snow".split()
     records = [{"prompt": f"say {words[i % 7]}: ", "completion": " ".join(rng.choice(words[:5] if i % 3 else words[5:], size=1 + i % 4)),
@@ -149,6 +152,10 @@ def test_a_reference_slice_does_not_depend_on_how_many_steps_there_are(lab):
 
 @pytest.fixture(scope="module")
 def pairs(lab):
+    return make_pairs(lab)
+
+
+def make_pairs(lab):
     """26 pairs of uneven lengths with scores and win probabilities, for the lab's models."""
     rng = np.random.default_rng(1)
     words = "sun moon rain wind leaf stone river cloud bird snow".split()
@@ -679,25 +686,7 @@ def test_a_full_disk_or_a_folder_without_permission_is_found_before_training(lab
     assert not (tmp_path / "full").exists() and not (tmp_path / "closed").exists()
 
 
-def test_a_disk_that_fills_up_while_a_checkpoint_is_written_loses_nothing(lab, tmp_path, monkeypatch):
-    real = train.save_file
-
-    def save_file(tensors, path, **how):
-        if "000006" in str(path):
-            Path(path).write_bytes(b"half")
-            raise OSError(28, "No space left on device")
-        real(tensors, path, **how)
-
-    with monkeypatch.context() as m:
-        m.setattr(train, "save_file", save_file)
-        with pytest.raises(SystemExit, match="step-000006.*cannot be written .*No space left.*are untouched"):
-            run(*flags(lab, tmp_path / "run", "--save_every", 3, steps=9))
-    assert [p.name for p in (tmp_path / "run/checkpoint").iterdir()] == ["step-000003.safetensors"]
-    run(*flags(lab, tmp_path / "run", "--save_every", 3, "--resume", steps=9))
-    assert [m["step"] for m in metrics(tmp_path / "run")] == list(range(9))
-
-
-# --- stop and resume --------------------------------------------------------------------------------------------------------
+# --- stop and resume; what faults leave behind is in test_faults.py ---------------------------------------------------------
 
 @pytest.mark.parametrize("loss", ["kto", "bco"])
 def test_killed_and_resumed_gives_the_same_bytes(lab, tmp_path, monkeypatch, loss):
@@ -750,29 +739,6 @@ def test_ctrl_c_saves_a_checkpoint_and_resume_finishes_the_same_run(lab, tmp_pat
 def test_the_last_two_checkpoints_are_kept_and_no_half_files(lab, tmp_path):
     run(*flags(lab, tmp_path / "run", "--save_every", 2, steps=9))
     assert sorted(p.name for p in (tmp_path / "run" / "checkpoint").iterdir()) == ["step-000008.safetensors", "step-000009.safetensors"]
-
-
-def test_a_truncated_checkpoint_gives_way_to_the_one_before_and_another_models_is_refused(lab, tmp_path, capsys):
-    run(*flags(lab, tmp_path / "run", "--save_every", 2, steps=4))
-    newest, before = (tmp_path / "run/checkpoint" / f"step-00000{k}.safetensors" for k in (4, 2))
-    newest.write_bytes(newest.read_bytes()[:5000])
-    run(*flags(lab, tmp_path / "run", "--save_every", 2, "--resume", steps=6))
-    assert "step-000004.safetensors is damaged" in capsys.readouterr().err and [m["step"] for m in metrics(tmp_path / "run")] == list(range(6))
-    for path in (tmp_path / "run/checkpoint").iterdir():
-        path.write_bytes(b"")
-    with pytest.raises(SystemExit, match="none of the checkpoints in .* can be read"):
-        run(*flags(lab, tmp_path / "run", "--resume", steps=6))
-    for path in (tmp_path / "run/checkpoint").iterdir():
-        train.save_file({"policy.wte.weight": torch.zeros(3, 3), "rng": torch.get_rng_state()}, path, metadata={"state": '{"step": 2, "running": {}}'})
-    with pytest.raises(SystemExit, match=r"has no tensor of shape \[257, 32\] for wte.weight: it belongs to another model"):
-        run(*flags(lab, tmp_path / "run", "--resume", steps=6))
-
-
-def test_two_runs_into_one_folder_are_one_too_many(lab, tmp_path):
-    run(*flags(lab, tmp_path / "run", steps=1))
-    with train.locked(tmp_path / "run" / "lock"), pytest.raises(SystemExit, match="another run is writing there"):
-        run(*flags(lab, tmp_path / "run", "--overwrite", steps=1))
-    run(*flags(lab, tmp_path / "run", "--overwrite", steps=1))
 
 
 def test_resume_refuses_settings_that_changed_and_lists_them(lab, tmp_path):
@@ -1142,24 +1108,3 @@ def test_two_processes_reach_the_same_win_rate_in_fp32(tmp_path):
     one, two = (json.loads((tmp_path / str(n) / "eval.json").read_text()) for n in (1, 2))
     assert one["win_rate_ci95"][0] <= two["win_rate"] <= one["win_rate_ci95"][1]
     assert two["win_rate_ci95"][0] <= one["win_rate"] <= two["win_rate_ci95"][1]
-
-
-@pytest.mark.slow
-def test_kill_9_at_any_moment_and_resume_gives_the_same_bytes(lab, tmp_path):
-    """A real kill, at six moments of the run, on the bytes of the final model."""
-    words = [str(w) for w in flags(lab, tmp_path / "whole", "--save_every", 7, "--dtype", "fp32", steps=60)]
-    run(*words)
-    wanted = (tmp_path / "whole/model/model.safetensors").read_bytes()
-    for k, lines in enumerate((0, 3, 7, 8, 30, 58)):
-        out = tmp_path / str(k)
-        words[words.index("--out") + 1] = str(out)
-        child = subprocess.Popen([sys.executable, ROOT / "train.py", *words], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        patience = time.time() + 60
-        while child.poll() is None and time.time() < patience and not (
-                (out / "config.json").exists() and (out / "metrics.jsonl").exists() and (out / "metrics.jsonl").read_text().count("\n") >= lines):
-            time.sleep(0.002)
-        child.kill()
-        child.wait()
-        run(*words, "--resume")
-        assert (out / "model/model.safetensors").read_bytes() == wanted, f"killed after {lines} steps"
-        assert [m["step"] for m in metrics(out)] == list(range(60))

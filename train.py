@@ -638,6 +638,8 @@ def run(argv, held):
             return dry_run(policy, reference, optimizer, some, prompts, task, apart)
         loop(policy, reference, optimizer, some, prompts, task, source, range(first, cfg.steps), running, apart, stage, stages)
     seconds |= {"align": time.perf_counter() - clock, "align_cpu": time.process_time() - cpu}
+    if not torch.isfinite(score(policy, units[:8], cfg, group.device)).all():               # a step is checked by the next one; after the last there is none
+        raise SystemExit(f"step {stages * cfg.steps - 1}: after the last step the policy's log-probs are not finite; a lower --lr. There is no model/, {out}/checkpoint has what is left")
     if group.rank == 0:
         beside = out / "model.tmp"
         policy.save(beside, eot=source.tokenizer.eot, **({"adapter": True} if cfg.save == "adapter" else {}))

@@ -122,6 +122,8 @@ def _records(name):
             rows = json.loads(text)
         except json.JSONDecodeError as e:
             raise SystemExit(f"--data {file}: line {e.lineno}: broken JSON ({e.msg})")
+        except (ValueError, RecursionError) as e:                     # a number of 5,000 digits, 100,000 brackets: Python's json has limits
+            raise SystemExit(f"--data {file}: unreadable JSON ({_one_line(e)})")
         yield from ((f"{file}: record {i}", r) for i, r in enumerate(rows, 1))
         return
     for i, line in enumerate(text.split("\n"), 1):     # not splitlines: it also breaks at form feeds and U+0085 inside strings
@@ -130,6 +132,8 @@ def _records(name):
                 yield f"{file}: line {i}", json.loads(line)
             except json.JSONDecodeError as e:
                 raise SystemExit(f"--data {file}: line {i}: broken JSON ({e.msg}); expected one object per line, or one array")
+            except (ValueError, RecursionError) as e:
+                raise SystemExit(f"--data {file}: line {i}: unreadable JSON ({_one_line(e)})")
 
 
 def _parquet_rows(file):

@@ -564,7 +564,7 @@ SETTINGS = {  # defaults per loss; the command line comes before, the loss's own
     "sft": dict(lr=1e-3, steps=200, batch_size=32),
     "offline_ppo": dict(lr=5e-4, steps=400, batch_size=32),
     "rm": dict(lr=4e-3, steps=500, batch_size=32, warmup=20),
-    "ppo": dict(lr=1e-3, steps=80, batch_size=256, warmup=5, reward="world", kl_coef=1.0, clip_value=1.0, vf_coef=0.5, ppo_epochs=2, minibatches=4),
+    "ppo": dict(lr=1e-3, steps=80, batch_size=288, warmup=5, reward="world", kl_coef=1.0, clip_value=1.0, vf_coef=0.5, ppo_epochs=2, minibatches=4),
     # pairs: 16 per step, the same number of replies. Where a first try did badly, beta (or what stands for it) was chosen on the tuning split
     **{name: dict(lr=5e-4, steps=400, batch_size=16, beta=0.5) for name in (
         "dpo", "cdpo", "bco_pair", "apo_zero", "apo_down", "beta_dpo", "odpo", "hinge", "wpo")},

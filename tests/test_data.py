@@ -612,6 +612,13 @@ def test_parquet_without_pyarrow_is_a_one_line_error(tmp_path, monkeypatch):
     assert "parquet needs pyarrow" in complaint(tmp_path / "f")
 
 
+def test_json_beyond_pythons_limits_is_a_one_line_error(tmp_path):
+    for text in ('{"prompt": ' + "9" * 5000 + "}", "[" * 100_000, '{"a":' * 50_000):
+        (tmp_path / "x.jsonl").write_text(text)
+        with pytest.raises(SystemExit, match=r"^--data .*x.jsonl: .*(unreadable|broken) JSON"):
+            read(tmp_path / "x.jsonl")
+
+
 @pytest.mark.parametrize("text", ['[{"prompt": "Q", "comp', '[{"prompt": "Q"},\n', '{"prompt": "Q", "completion": "A", "label": true}\n{"prompt": "Q", "co'])
 def test_json_written_by_half_is_a_one_line_error_that_names_the_line(tmp_path, text):
     (tmp_path / "f.json").write_text(text)

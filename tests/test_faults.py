@@ -389,6 +389,11 @@ def test_kill_9_at_twenty_random_moments_and_resume_gives_the_same_bytes(laborat
     assert sum(counts.values()) == 20 and len(counts) >= 3, counts
 
 
+def test_a_last_step_that_breaks_the_model_leaves_no_model_behind(pairs, tmp_path):
+    line, _ = start(flags(pairs, tmp_path / "run", "--dtype", "fp32", "--warmup", 0, "--lr", "1e38", steps=1))
+    assert re.search("step 0: after the last step the policy's log-probs are not finite; a lower --lr", line) and not (tmp_path / "run/model").exists()
+
+
 # --- files from strangers -----------------------------------------------------------------------------------------------------
 
 class Bomb:

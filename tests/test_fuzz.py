@@ -9,6 +9,7 @@ import signal
 import pytest
 import torch
 from hypothesis import HealthCheck, Phase, given, settings, strategies as st
+from safetensors.torch import load_file
 
 import data
 import evaluate
@@ -169,6 +170,8 @@ def trains_or_says_why(room, file, start, command):
         for line in open(room / "out/run/metrics.jsonl"):
             m = json.loads(line)
             assert all(x is None or math.isfinite(x) for x in m.values()), (argv, m)
+        json.loads((room / "out/run/eval.json").read_text(), parse_constant=lambda x: pytest.fail(f"{x} in eval.json: {argv}"))
+        assert all(t.isfinite().all() for t in load_file(room / "out/run/model/model.safetensors").values()), argv
     if said not in (None, "help") and "step" not in said and "expected --name" not in said and not re.search(r"--\w+", said):
         assert name in said, (argv, said)
     (room / name).unlink()

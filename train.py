@@ -731,17 +731,15 @@ def run(argv, held):
             reference.ahead(first, task.needs_partners)
         loop(policy, reference, optimizer, some, prompts, task, source, range(first, cfg.steps), running, apart, stage, stages)
     seconds |= {"align": time.perf_counter() - clock, "align_cpu": time.process_time() - cpu}
-<<<<<<< HEAD
+    if not torch.isfinite(score(actor(policy), units[:8], cfg, group.device)).all():               # a step is checked by the next one; after the last there is none
+        raise SystemExit(f"step {stages * cfg.steps - 1}: after the last step the policy's log-probs are not finite; a lower --lr. "
+                         f"There is no model/, {out}/checkpoint has what is left")
     beside = out / "model.tmp"
     save_model(actor(policy), beside, group, eot=source.tokenizer.eot, **({"adapter": True} if cfg.save == "adapter" else {}))
     if cfg.fsdp:                                                                 # what follows is one process's work, with whole models
         policy = reference = optimizer = None
         cfg.fsdp = False
         gc.collect()
-=======
-    if not torch.isfinite(score(policy, units[:8], cfg, group.device)).all():               # a step is checked by the next one; after the last there is none
-        raise SystemExit(f"step {stages * cfg.steps - 1}: after the last step the policy's log-probs are not finite; a lower --lr. There is no model/, {out}/checkpoint has what is left")
->>>>>>> h-robust
     if group.rank == 0:
         source.tokenizer.save(beside)
         shutil.rmtree(out / "model", ignore_errors=True)

@@ -23,6 +23,8 @@ from safetensors.torch import load_file
 import model
 import train
 
+pytestmark = pytest.mark.slow                 # a minute and more of processes
+
 
 def commands(file):
     """What each process does: train.main on every command of the file, in one process group. What stopped a command, and what it held, rank 0 writes down."""

@@ -121,6 +121,7 @@ def free_port():
         return s.getsockname()[1]
 
 
+@pytest.mark.slow
 def test_two_machines_are_one_process(pairs, splits, tmp_path):
     """Two torchrun agents that meet at one endpoint, as on two hosts with a shared folder for --out."""
     command = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--nproc_per_node", "1", "--rdzv_backend", "c10d", "--local_addr", "127.0.0.1",
@@ -156,7 +157,7 @@ def with_fault(folder, how, words, *torchrun_words):
     return done.returncode, done.stderr, time.time() - start
 
 
-@pytest.mark.parametrize("how", ["kill", pytest.param("raise", marks=pytest.mark.slow), pytest.param("hang", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("how", [pytest.param("kill", marks=pytest.mark.slow), pytest.param("raise", marks=pytest.mark.slow), pytest.param("hang", marks=pytest.mark.slow)])
 def test_a_process_that_fails_takes_the_job_down_with_its_own_error_once(pairs, splits, tmp_path, how):
     """Killed, with an exception, or silent for longer than --timeout; the other's complaint is one line, and --resume goes on."""
     words = words_for("kto", pairs, tmp_path / "run", "--save_every", 2, "--timeout", 5 if how == "hang" else 100)

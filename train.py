@@ -243,7 +243,7 @@ def ppo_step(both, reference, optimizer, batch, units, task, running, *, update=
     total, norms = torch.zeros(4, dtype=torch.float64), []
     for some in ppo.updates(len(prompts), epochs=own["ppo_epochs"], minibatches=own["minibatches"], seed=seed):
         n_tokens, sums, mine = float(seen.mask[some].sum()), torch.zeros(4, dtype=torch.float64), some[group.rank::group.size]
-        for part in ppo_parts(mine, seen, cfg, both.token_budget):
+        for part in slices(mine, seen.rows, cfg, both.token_budget):
             with precision(cfg, group.device):
                 m = ppo.measure(both, seen, part, group.device)
                 loss = task.loss(**m, **task.hyper) * (m["mask"].sum() / n_tokens)                   # its means are over the minibatch's tokens
@@ -263,13 +263,6 @@ def ppo_step(both, reference, optimizer, batch, units, task, running, *, update=
             "tokens_per_second": float(seen.mask.sum()) / max(time.perf_counter() - start, 1e-9)}
 
 
-def ppo_parts(mine, seen, cfg, budget):
-    """This rank's responses of a minibatch in slices, as `micro_batches`."""
-    if cfg.micro_batch_size:
-        return [mine[i:i + cfg.micro_batch_size] for i in range(0, len(mine), cfg.micro_batch_size)]
-    return [mine[part.start:part.stop] for part in data.token_batches([seen.rows[i] for i in mine], budget)]
-
-
 def first_not_finite(table, ref_logps, shared, policy):
     """Where it began, in the order in which a step computes: for the message."""
     tensors = {**{f"the weights, {name}": p for name, p in policy.named_parameters()}, **{f"shared {k}": v for k, v in shared.items()},
@@ -278,12 +271,15 @@ def first_not_finite(table, ref_logps, shared, policy):
 
 
 def micro_batches(mine, batch, units, cfg, budget):
-    """This rank's examples in slices: --micro_batch_size of them, or as many as fit the token budget (aot: all)."""
-    if cfg.loss in BATCH_COUPLED:
-        return [mine]
+    """This rank's examples in slices (aot: all at once, it sorts them)."""
+    return [mine] if cfg.loss in BATCH_COUPLED else slices(mine, {i: units[batch.rows[i]] for i in mine}, cfg, budget)
+
+
+def slices(mine, rows, cfg, budget):
+    """The indices `mine`, --micro_batch_size at a time, or as many as fit the token budget."""
     if cfg.micro_batch_size:
         return [mine[i:i + cfg.micro_batch_size] for i in range(0, len(mine), cfg.micro_batch_size)]
-    return [mine[part.start:part.stop] for part in data.token_batches([units[batch.rows[i]] for i in mine], budget)]
+    return [mine[part.start:part.stop] for part in data.token_batches([rows[i] for i in mine], budget)]
 
 
 def learning_rate(step, cfg):
@@ -696,8 +692,9 @@ def run(argv, held):
               + (f" | reference: {cfg.ref}" if task.needs_reference and recipe.get("reference") != "none" else " | no reference needed")
               + (f" | {stages} stages of {cfg.steps} steps, each against the policy of the one before" if stages > 1 else ""))
     seconds = {"base": time.perf_counter() - clock}
-    record = {**asdict(cfg), **own, "model": named, "task": source.task, "source": recipe.get("source", ""), "origin": origin, "n_desirable": n_d, "n_undesirable": n_u,
-              "processes": group.size, "versions": {"torch": torch.__version__, "transformers": version("transformers"), "python": sys.version.split()[0], "numpy": np.__version__}, "commit": git_commit()}
+    versions = {"torch": torch.__version__, "transformers": version("transformers"), "python": sys.version.split()[0], "numpy": np.__version__}
+    record = {**asdict(cfg), **own, "model": named, "task": source.task, "source": recipe.get("source", ""), "origin": origin, "n_desirable": n_d,
+              "n_undesirable": n_u, "processes": group.size, "versions": versions, "commit": git_commit()}
     record, done, running = json.loads(json.dumps(record)), 0, {}                # as it will be read back
     if cfg.resume:
         refuse_changes(out, record)
@@ -1036,7 +1033,9 @@ def world_source(cfg, paired, recipe):
     def judge(policy, reference, **how):
         return evaluate.evaluate_world(policy, reference, tokenizer, seed=cfg.seed, sessions=sessions, **how)
 
-    feedback = "rewards for its own replies" if cfg.loss == "ppo" else f"{counts['pairs']:,} pairs of sessions" if sessions else f"{counts['read']:,} replies of an expert" if expert else f"{counts['pairs']:,} pairs" if paired else f"{counts['desirable']:,} thumbs up and {counts['undesirable']:,} thumbs down"
+    feedback = ("rewards for its own replies" if cfg.loss == "ppo" else f"{counts['pairs']:,} pairs of sessions" if sessions
+                else f"{counts['read']:,} replies of an expert" if expert else f"{counts['pairs']:,} pairs" if paired
+                else f"{counts['desirable']:,} thumbs up and {counts['undesirable']:,} thumbs down")
     story = ("task: a help desk learns what its customers like. The true utility of every reply is known, so the result can be checked.\n"
              "      A base model is pretrained and fine-tuned on replies good and bad: the reference. Then alignment starts from it, with\n"
              f"      {feedback}. All in all about {'three minutes' if cfg.loss == 'ppo' else 'a minute'} on 2 cores.")

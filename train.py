@@ -1252,10 +1252,11 @@ def check_out(out, cfg):
     is_run = (out / "config.json").is_file()
     if cfg.resume and not is_run:
         raise SystemExit(f"--resume: {out} holds no run (no config.json); start it without --resume")
-    if out.is_dir() and any(p.name != "lock" for p in out.iterdir()) and not cfg.resume and not cfg.dry_run:
-        if not is_run:
+    if out.is_dir() and not cfg.resume and not cfg.dry_run:
+        ours = {"lock", *RUN_FILES, *(f"{name}.tmp" for name in RUN_FILES)}                  # all there is where a run was killed as it began, or begins just now
+        if not is_run and any(p.name not in ours for p in out.iterdir()):
             raise SystemExit(f"--out {out}: holds files that are not a run's; choose an empty or new folder")
-        if not cfg.overwrite:
+        if is_run and not cfg.overwrite:
             raise SystemExit(f"--out {out}: a run is there already; --resume continues it, --overwrite replaces it, or choose another --out")
 
 
@@ -1319,6 +1320,8 @@ class Group:
                 os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo0" if sys.platform == "darwin" else "lo")
             Group.store = agree_on_a_name(next(dist.rendezvous("env://", timeout=timedelta(seconds=timeout)))[0], rank, size)
             dist.init_process_group("nccl" if cuda else "gloo", store=Group.store, rank=rank, world_size=size, timeout=timedelta(seconds=timeout))
+        elif size > 1:
+            dist.barrier()                                                                   # as meeting does: all have looked at --out before one writes there
         return cls(rank, size, torch.device(f"cuda:{local}" if cuda else device or "cpu"))
 
     @classmethod

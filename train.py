@@ -1253,8 +1253,8 @@ def check_out(out, cfg):
     if cfg.resume and not is_run:
         raise SystemExit(f"--resume: {out} holds no run (no config.json); start it without --resume")
     if out.is_dir() and not cfg.resume and not cfg.dry_run:
-        ours = {"lock", *RUN_FILES, *(f"{name}.tmp" for name in RUN_FILES)}                  # all there is where a run was killed as it began, or begins just now
-        if not is_run and any(p.name not in ours for p in out.iterdir()):
+        begun = {"lock", "metrics.jsonl", "metrics.jsonl.tmp", "config.json.tmp"} if (out / "lock").exists() else {"lock"}     # a run was killed as it began, or begins just now
+        if not is_run and any(p.name not in begun for p in out.iterdir()):
             raise SystemExit(f"--out {out}: holds files that are not a run's; choose an empty or new folder")
         if is_run and not cfg.overwrite:
             raise SystemExit(f"--out {out}: a run is there already; --resume continues it, --overwrite replaces it, or choose another --out")

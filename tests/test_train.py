@@ -787,6 +787,7 @@ BAD = {
     "a start that is not there": (["--init", "/nowhere"], r"--init /nowhere: no config.json there"),
     "half a model": (["--model", "HALF", "--data", "ROWS"], r"--model .*: cannot be loaded from model.safetensors: .*header"),
     "existing folder": (["--out", "FULL"], r"--out .*: holds files that are not a run's"),
+    "a folder with a model of one's own": (["--out", "OWN"], r"--out .*: holds files that are not a run's"),
     "out is a file": (["--out", "ONE"], r"--out .*: is a file"),
     "nothing to resume": (["--out", "FOLDER", "--resume"], r"--resume: .* holds no run"),
     "flips": (["--flip", "1.5"], r"--flip 1.5: a share, from 0 to 1"),
@@ -825,6 +826,8 @@ def bad_files(tmp_path_factory):
         names[name] = folder / name
         names[name].mkdir()
     (names["FULL"] / "thesis.txt").write_text("years of work")
+    names["OWN"] = folder / "own"
+    (names["OWN"] / "model").mkdir(parents=True)
     names["ROWS"] = folder / "rows.jsonl"
     names["ROWS"].write_text(row + row.replace('"p"', '"q"'))
     names["HALF"] = folder / "half"

@@ -109,6 +109,7 @@ def test_z0_is_the_mismatched_mean_and_not_the_matched_one(lab, whole):
     assert metrics(whole)[0]["loss"] == pytest.approx(by_hand, abs=1e-12)
 
 
+@pytest.mark.slow
 def test_an_on_policy_z0_is_the_kl_and_the_same_for_any_split(lab, tmp_path):
     """Its mean over many batches is KL(pi || pi_ref), measured apart on other samples; and a rank does not sample for itself."""
     run(*flags(lab, tmp_path / "whole", "--z0", "on_policy", "--lr", "1e-12", steps=40))
@@ -301,6 +302,7 @@ def test_tr_dpo_with_a_hard_copy_after_every_step_always_starts_again_at_log_2(p
     assert largest_difference(weights(tmp_path / "never"), weights(tmp_path / "dpo")) < 1e-10
 
 
+@pytest.mark.slow
 def test_tr_dpo_is_the_same_on_any_split_and_resumes_with_its_reference(pairs, tmp_path, monkeypatch):
     soft = ("--ref_every", 2, "--save_every", 3)
     run(*pair_flags(pairs, tmp_path / "one", "tr_dpo", *soft))

@@ -285,4 +285,4 @@ def test_one_process_has_nobody_to_share_with(lab):
 if __name__ == "__main__":
     commands(sys.argv[1])
     sys.stdout.flush(), sys.stderr.flush()
-    os._exit(0)                                  # all is written; torch 2.13 now and then aborts while its threads are taken down (1 run in 6)
+    os._exit(0)                                  # all is written; torch 2.13 aborted once while its threads were taken down

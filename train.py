@@ -1635,6 +1635,7 @@ def check_settings(cfg, hyper, typed):
     wrong += [(x is not None and x <= 0, f"--{name} {x}: must be positive") for name in ("lr", "epochs", "tau", "beta")
               for x in (values["beta"] if several and name == "beta" else [values.get(name)])]
     world_only = RECIPES.get(cfg.loss, {}).get("source")
+    devices = ["cpu"] + ["cuda"] * torch.cuda.is_available() + ["mps"] * torch.backends.mps.is_available()
     wrong += [
         (several and len(hyper["beta"]) != hyper.get("stages"), f"--beta: {hyper.get('beta')} for {hyper.get('stages')} stages; give one, or one for each"),
         (not 1 <= cfg.lambda_ratio <= 1.5, f"--lambda_ratio {cfg.lambda_ratio}: KTO's Eq. 9 asks for a ratio in [1, 1.5]"),
@@ -1660,6 +1661,7 @@ def check_settings(cfg, hyper, typed):
         *((name in typed and not cfg.data, f"--{name}: needs --data FILE; the embedded world brings its own") for name in FILE_FLAGS),
         ("tokenizer" in typed and cfg.model, "--tokenizer: --model brings its own tokenizer; the flag is for the small GPT"),
         (not 0 < hyper.get("ref_mix", 1.0) <= 1, f"--ref_mix {hyper.get('ref_mix')}: a share, above 0 and up to 1"),
+        (cfg.device not in ("", *devices), f"--device {cfg.device}: this machine has {', '.join(devices)}"),
         (cfg.overwrite and cfg.resume, "--overwrite and --resume: give one of them"),
         (cfg.loss in BATCH_COUPLED and (cfg.micro_batch_size or int(os.environ.get("WORLD_SIZE", 1)) > 1),
          f"--loss {cfg.loss}: sorts its batch, so it needs the global batch in one micro-batch on one process"),

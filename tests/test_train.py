@@ -770,6 +770,7 @@ BAD = {
     "negative lambda": (["--lambda_u", "-1"], r"--lambda_u: '-1': valid are auto, or a number >= 0"),
     "negative z0": (["--z0", "-3"], r"--z0: '-3': valid are estimate, zero, on_policy, or a number >= 0"),
     "dtype": (["--dtype", "int8"], r"--dtype: 'int8': valid are fp32, bf16, fp64"),
+    "a device that is no device": (["--device", "x"], r"--device x: this machine has cpu"),
     "ratio": (["--lambda_ratio", "2"], r"--lambda_ratio 2.0: .*\[1, 1.5\]"),
     "missing file": (["--data", "/nowhere/rows.jsonl"], r"--data /nowhere/rows.jsonl: no such file"),
     "empty file": (["--data", "EMPTY"], r"--data .*: the file is empty"),

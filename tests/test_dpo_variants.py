@@ -4,12 +4,14 @@ import inspect
 import itertools
 import math
 import re
+from collections import defaultdict
 from pathlib import Path
 from types import SimpleNamespace
 
 import mpmath
 import pytest
 import torch
+import torch.nn.functional as F
 
 import dpo_variants
 import kto
@@ -850,27 +852,34 @@ def test_dpo_variants_imports_torch_and_nothing_else_and_never_narrows():
 
 # --- parity with TRL, where it is installed ---------------------------------------------------------------------------
 
-OURS = {  # loss_type of DPOTrainer.dpo_loss (TRL before 0.29) -> our loss of the same beta = 0.1, label_smoothing = 0.2, tau = 0.3
-    "sigmoid": lambda c, r: V.cdpo(c, r, label_smoothing=0.2), "robust": lambda c, r: V.rdpo(c, r, label_smoothing=0.2),
-    "exo_pair": lambda c, r: V.exo(c, r, label_smoothing=0.2), "hinge": lambda c, r: V.hinge(c, r, beta=0.1), "ipo": V.ipo,
-    "nca_pair": lambda c, r: V.nca(c, r, beta=0.1), "bco_pair": lambda c, r: V.bco_pair(c, r, torch.tensor(0.3)),
-    "sppo_hard": lambda c, r: V.sppo_hard(c, r, beta=0.1), "aot_pair": lambda c, r: V.aot_unpaired(c, r, beta=0.1, label_smoothing=0.2),
-    "apo_zero": V.apo_zero, "apo_down": V.apo_down, "discopop": lambda c, r: V.discopop(c, r, beta=0.1, tau=0.3),
-}  # deliberate differences: "ipo" is given averages by its caller (ipo_avg); "aot_pair" there is aot_unpaired here; log-ratios stay where
-#    sigmoid(100.) is not yet 1 and e^-u not yet inf, beyond which TRL's numbers are wrong; from 0.29 on the losses are no function any more
+LENGTHS = torch.arange(1, 1001) % 7 + 1, torch.arange(1, 1001) % 5 + 1
+THEIRS = {  # loss_type of TRL's DPOTrainer -> our loss of chosen and rejected log-ratios at the same beta = 0.1, label_smoothing = 0.2, tau = 0.3
+    "sigmoid": V.dpo, "robust": lambda c, r: V.rdpo(c, r, label_smoothing=0.2), "exo_pair": lambda c, r: V.exo(c, r, label_smoothing=0.2),
+    "hinge": lambda c, r: V.hinge(c, r, beta=0.1), "ipo": lambda c, r: V.ipo_avg(c, r, *(n[:len(c)] for n in LENGTHS)),
+    "sigmoid_norm": lambda c, r: V.sigmoid_norm(c, r, *(n[:len(c)] for n in LENGTHS), beta=0.1), "nca_pair": lambda c, r: V.nca(c, r, beta=0.1),
+    "bco_pair": lambda c, r: V.bco_pair(c, r, torch.tensor(0.0)), "sppo_hard": lambda c, r: V.sppo_hard(c, r, beta=0.1),
+    "aot": lambda c, r: V.aot(c, r, 0 * c.detach(), 0 * r.detach(), beta=0.1, label_smoothing=0.2),
+    "aot_unpaired": lambda c, r: V.aot_unpaired(c, r, beta=0.1, label_smoothing=0.2), "apo_zero": V.apo_zero, "apo_down": V.apo_down,
+    "discopop": lambda c, r: V.discopop(c, r, beta=0.1, tau=0.3),
+}  # deliberate differences: "ipo" there is ipo_avg here; "bco_pair" has no running mean any more; cDPO is gone; log-ratios stay where
+#    sigmoid(100.) is not yet 1 and e^-u not yet inf, beyond which TRL's numbers are wrong
 
 
-@pytest.mark.parametrize("loss_type", OURS)
-def test_trl_before_0_29_agrees_in_value_and_gradient(loss_type):
-    pytest.importorskip("trl", reason="trl is not installed", exc_type=ImportError)
-    theirs = getattr(__import__("trl").DPOTrainer, "dpo_loss", None)
-    if theirs is None:
-        pytest.skip("this trl has no DPOTrainer.dpo_loss (gone since 0.29)")
-    from trl.trainer.dpo_config import FDivergenceType
-    running = SimpleNamespace(update=lambda rewards: None, mean=torch.tensor(0.3))
-    trainer = SimpleNamespace(accelerator=SimpleNamespace(device="cpu"), reference_free=False, f_divergence_params=None, running=running,
-                              f_divergence_type=FDivergenceType.REVERSE_KL, beta=0.1, label_smoothing=0.2, loss_type=loss_type,
-                              args=SimpleNamespace(discopop_tau=0.3))
+@pytest.mark.parametrize("loss_type", THEIRS)
+def test_trl_agrees_in_value_and_gradient(loss_type):
+    """TRL's losses are one method of its trainer: it gets a stand-in for itself, and a model that "measured" the log-probs of 0-reference responses."""
+    trl = pytest.importorskip("trl", minversion="1.16", reason="trl >= 1.16 is not installed", exc_type=ImportError)
     c, r = (x[(C.abs() < 50) & (R.abs() < 50)].detach().requires_grad_() for x in (C, R))
-    reference = torch.zeros_like(c).detach()
-    same(theirs(trainer, c, r, reference, reference, loss_type)[0], OURS[loss_type](c, r), c, r, rtol=1e-12, atol=1e-15)        # slopes that cancel
+    n, width = len(c), 8                                                              # the whole log-prob on a response's first token, 0 on the others
+    seen = F.pad(torch.cat([c, r])[:, None], (0, width - 2))
+    mask = (torch.arange(width) >= 1) & (torch.arange(width) <= torch.cat([x[:n] for x in LENGTHS])[:, None])
+    zeros = torch.zeros(2 * n, width - 1)
+    outputs = SimpleNamespace(log_probs=seen, entropy=zeros, mean_logits=zeros, is_top1=zeros > 0)
+    same_everywhere = SimpleNamespace(device="cpu", gather=lambda x: x, gather_for_metrics=lambda x: x)
+    trainer = SimpleNamespace(model=SimpleNamespace(training=True), accelerator=same_everywhere, aux_loss_enabled=False, ld_alpha=None, precompute_ref_logps=True,
+                              f_divergence_type="reverse_kl", loss_types=[loss_type], loss_weights=[1.0], beta=0.1, label_smoothing=0.2, use_weighting=False,
+                              args=SimpleNamespace(discopop_tau=0.3), _metrics={"train": defaultdict(list)}, _total_train_tokens=0, _tp_size=1)
+    inputs = {"input_ids": mask.long(), "attention_mask": mask.long(), "completion_mask": mask.long(), "ref_chosen_logps": torch.zeros(n), "ref_rejected_logps": torch.zeros(n)}
+    mean = trl.DPOTrainer._compute_loss(trainer, lambda **how: outputs, inputs, False)
+    rtol = 1e-5 if loss_type == "exo_pair" else 1e-12                                 # its label smoothing is a float32 tensor (1e-8), and slopes nearly cancel
+    same(mean, THEIRS[loss_type](c, r).mean(), c, r, rtol=rtol, atol=1e-15)            # atol: slopes that cancel

@@ -312,7 +312,7 @@ def held_out_prompts(config, files=(), *, n, seed=0, split="report", columns=Non
     source = list(files or config["eval_data"] or config["data"])
     columns = data.parse_columns(config["columns"] if columns is None else columns)
     threshold = 0.0 if config["threshold"] is None else config["threshold"]                         # no prompt depends on it
-    examples, _ = data.read(source, columns=columns, threshold=threshold)
+    examples, _ = data.read(source, columns=columns, threshold=threshold, prompts=True)
     prompts = list(dict.fromkeys(e.prompt for e in examples))
     if len(prompts) > n:
         prompts = [prompts[i] for i in sorted(np.random.default_rng(seed).permutation(len(prompts))[:n])]
@@ -353,8 +353,8 @@ def compare(out, config, models, files=(), *, n=None, temperature=1.0, top_p=1.0
         if temperature == top_p == 1:
             new["kl"] = float(sampled_kl(policy, reference, replied, device=device, budget=max(256, 2**20 // policy.vocab_size)).mean())
     if examples:
-        labelled, _ = data.encode(data.to_feedback(examples)[:512], tokenizer, max_len=min(config["max_len"], policy.context),
-                                  max_prompt_len=config["max_prompt_len"], add_eot=config["add_eot"])
+        labelled = [e for e in data.to_feedback(examples) if e.desirable is not None][:512]                      # prompts alone say nothing of margins
+        labelled, _ = data.encode(labelled, tokenizer, max_len=min(config["max_len"], policy.context), max_prompt_len=config["max_prompt_len"], add_eot=config["add_eot"])
         if labelled:
             new["compared"] = margins(*(response_logps(m, labelled, device) for m in (policy, reference)), [r.desirable for r in labelled])
             print(margins_line("these prompts'", new["compared"]))
@@ -702,8 +702,10 @@ def model_card(config, result):
             paper = next((line.strip() for line in doc if line.strip().startswith("Paper: ")), "")
             lines += ["", f"    {t}: {doc[0].removesuffix('(B,)').strip()}", "", f"{paper}. Symbols as in nanoKTO's kto.py and dpo_variants.py."]
     of = lambda key: ", ".join(f"`{name(f)}`" for f in config.get(key) or ())                                   # noqa: E731
-    lines += ["", "## Data", "", f"Trained on {of('data') or 'the embedded help desk of nanoKTO'}: {config.get('n_desirable', 0):,} desirable and "
-              f"{config.get('n_undesirable', 0):,} undesirable responses." + (f" Held out: {of('eval_data')}." if of("eval_data") else "")]
+    learnt = ("its own responses to these prompts" if loss == "ppo" else
+              f"{config.get('n_desirable', 0):,} desirable and {config.get('n_undesirable', 0):,} undesirable responses")
+    lines += ["", "## Data", "", f"Trained on {of('data') or 'the embedded help desk of nanoKTO'}: {learnt}."
+              + (f" Held out: {of('eval_data')}." if of("eval_data") else "")]
     origin = config.get("origin", {})
     chosen = [k for k in config if k not in NOT_IN_CARD and (k in ALWAYS_IN_CARD or origin.get(k, "default") != "default")]
     lines += ["", "## Settings", "", "| setting | value | from |", "|---|---|---|"]

@@ -683,6 +683,42 @@ def test_ppo_raises_the_reward_it_is_given_and_resumes_with_the_same_bytes(lab, 
     assert (tmp_path / "whole/model/model.safetensors").read_bytes() == (tmp_path / "parts/model/model.safetensors").read_bytes()
 
 
+@pytest.fixture
+def prompts_alone(lab, tmp_path):
+    """The lab's 7 prompts in their order and nothing else, under another name."""
+    prompts = dict.fromkeys(json.loads(line)["prompt"] for line in open(lab / "rows.jsonl"))
+    (tmp_path / "prompts.jsonl").write_text("".join(json.dumps({"question": p}) + "\n" for p in prompts))
+    return ["--data", tmp_path / "prompts.jsonl", "--columns", "prompt=question"]
+
+
+def test_ppo_needs_nothing_but_prompts(lab, prompts_alone, tmp_path, capsys):
+    """The same run as from rows with responses and labels, of which it takes the prompts; then both models answer held-out prompts alone."""
+    run(*ppo_flags(lab, tmp_path, tmp_path / "rows"))
+    capsys.readouterr()
+    run(*ppo_flags(lab, tmp_path, tmp_path / "prompts", *prompts_alone, "--eval_data", prompts_alone[1], "--judge", rewards_file(tmp_path), "--eval_every", 2))
+    assert "data: prompts alone | read 7 | prompts alone 7 | prompts 7" in capsys.readouterr().out
+    assert largest_difference(weights(tmp_path / "rows"), weights(tmp_path / "prompts")) == 0
+    result = json.loads((tmp_path / "prompts/eval.json").read_text())
+    assert result["n"] == 7 and 0 <= result["win_rate"] <= 1 and result["train"] == result["eval"] == {}         # no responses, so no margins
+    card = (tmp_path / "prompts/model/README.md").read_text()
+    assert "Trained on `prompts.jsonl`: its own responses to these prompts." in card
+
+
+@pytest.mark.parametrize("loss, words, message", [
+    ("kto", (), "prompts.jsonl: line 1: a prompt and no response to it; completion \\+ label is missing"),
+    ("dpo", (), "prompts.jsonl: line 1: a prompt and no response to it; .* or chosen \\+ rejected"),
+    ("rm", (), "prompts.jsonl: line 1: a prompt and no response to it"),
+    ("offline_ppo", (), "prompts.jsonl: line 1: a prompt and no response to it"),
+    ("ppo", ("--columns", "prompt=query"), "prompts.jsonl: line 1: --columns prompt=query, but the row has question"),
+    ("ppo", ("--columns", ""), "prompts.jsonl: line 1: unknown format with columns question; known: "),
+    ("ppo", ("--init", "", "--ref", ""), "prompts.jsonl: prompts without responses, from which no small GPT can be trained; give --model")])
+def test_a_file_of_prompts_alone_is_one_line_for_whoever_needs_more(lab, prompts_alone, tmp_path, loss, words, message):
+    reward = ("--reward", rewards_file(tmp_path)) if loss == "ppo" else ()
+    with pytest.raises(SystemExit, match=message) as e:
+        run(*flags(lab, tmp_path / "out", *prompts_alone, *reward, *words, loss=loss, steps=1))
+    assert "\n" not in e.value.code and not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize("body, message", [("[1.0]", "returned 1 numbers for"), ("[float('nan')] * len(responses)", "returned nan for the response"),
                                            ("1 / 0", "raised ZeroDivisionError")])
 def test_a_reward_function_that_does_not_do_its_job_is_one_line(lab, tmp_path, body, message):

@@ -466,10 +466,10 @@ def mismatched_units(units, batch, cfg):
 
 
 def on_policy_units(policy, rows, task, seed):
-    """The policy's own response to each row's prompt, at temperature 1. Every rank samples all of them: the same ones."""
-    prompts = [row.ids[:row.n_prompt].tolist() for row in rows]
-    with precision(task.cfg, task.group.device):
-        responses = policy.generate(prompts, eot=task.tokenizer.eot, max_new_tokens=task.cfg.max_len, room=task.cfg.max_len, seed=seed)
+    """The policy's own response to each row's prompt, at temperature 1: the same ones on every rank."""
+    prompts, group = [row.ids[:row.n_prompt].tolist() for row in rows], task.group
+    with precision(task.cfg, group.device):
+        responses = ppo.answers(policy, prompts, task.tokenizer, max_len=task.cfg.max_len, seed=seed, rank=group.rank, size=group.size, combine=group.sum)
     return [(data.make_row(p, r),) for p, r in zip(prompts, responses)]
 
 

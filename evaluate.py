@@ -135,22 +135,11 @@ def prompt_text(prompt):
 # --- judges: scores for responses ---------------------------------------------------------------------------------------
 
 def load_judge(text, *, device="cpu", flag="judge"):
-    """judge(prompts, responses) -> list of floats, higher is better: the judge of a comparison, or PPO's reward.
+    """judge(prompts, responses) -> list of floats, higher is better: what `find_judge` finds, its scores checked for number and finiteness.
 
-    text    `world`: true utility of the embedded help desk, in points; FOLDER: a reward model in Hugging Face format;
-            `file.py:function`: a Python function of the same signature
-    prompts are texts or tuples of data.Turn. Number and finiteness of the scores are checked, whoever gives them.
-    SystemExit with one line that names --`flag` where there is no such judge, or where it gives no usable scores.
+    prompts are texts or tuples of data.Turn. SystemExit with one line that names --`flag` where it gives no usable scores.
     """
-    (file, _, name), said = text.rpartition(":"), f"--{flag} {text}"
-    if text == "world":
-        score = _world_judge(said)
-    elif file.endswith(".py"):
-        score = _python_judge(file, name, said)
-    elif Path(text).is_dir():
-        score = _reward_model(text, device, flag)
-    else:
-        raise SystemExit(f"{said}: no such judge; valid are world, the folder of a reward model, or file.py:function")
+    score, said = find_judge(text, device=device, flag=flag), f"--{flag} {text}"
 
     def judge(prompts, responses):
         prompts, responses = list(prompts), list(responses)
@@ -168,6 +157,23 @@ def load_judge(text, *, device="cpu", flag="judge"):
         return scores
 
     return judge
+
+
+def find_judge(text, *, device="cpu", flag="judge"):
+    """(prompts, responses) -> scores, unchecked: of a comparison's judge, or PPO's reward.
+
+    text    `world`: true utility of the embedded help desk, in points; FOLDER: a reward model in Hugging Face format;
+            `file.py:function`: a Python function of the same signature
+    SystemExit with one line that names --`flag` where there is no such judge.
+    """
+    (file, _, name), said = text.rpartition(":"), f"--{flag} {text}"
+    if text == "world":
+        return _world_judge(said)
+    if file.endswith(".py"):
+        return _python_judge(file, name, said)
+    if Path(text).is_dir():
+        return _reward_model(text, device, flag)
+    raise SystemExit(f"{said}: no such judge; valid are world, the folder of a reward model, or file.py:function")
 
 
 def _world_judge(said):

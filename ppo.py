@@ -170,7 +170,6 @@ def offline_ppo_loss(logratios, desirable, *, clip=0.5, kl_coef=0.1):
 # ======================================================================================================================
 # So far torch alone. From here on things act: models score and write, rewards are asked for.
 
-import importlib.util
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -179,6 +178,7 @@ import numpy as np
 import torch.nn as nn
 from safetensors.torch import load_file, save_file
 
+import evaluate
 import model
 from data import flatten, load_tokenizer, make_row, token_batches
 
@@ -321,23 +321,9 @@ def accuracy(reward_model, units):
 
 def load_reward(spec, tokenizer, *, device="cpu", dtype=torch.float32, flag="reward"):
     """`world`, a reward model's folder, or `file.py:function` -> reward(prompts, responses) -> list of numbers, one per response."""
-    if spec == "world":
-        import world
-        return lambda prompts, responses: [world.utility(p, r) for p, r in zip(prompts, responses)]
     if Path(spec).is_dir():
         return ModelReward(RewardModel.load(spec, device=device, dtype=dtype, flag=flag).requires_grad_(False), spec, tokenizer, flag)
-    file, _, name = spec.rpartition(":")
-    if not file.endswith(".py") or not Path(file).is_file():
-        raise SystemExit(f"--{flag} {spec}: valid are world, a folder that --loss rm wrote, or file.py:function")
-    found = importlib.util.spec_from_file_location("reward_function", file)
-    module = importlib.util.module_from_spec(found)
-    try:
-        found.loader.exec_module(module)
-    except Exception as e:
-        raise SystemExit(f"--{flag} {spec}: the file raises {type(e).__name__}: {e}") from None
-    if not callable(getattr(module, name, None)):
-        raise SystemExit(f"--{flag} {spec}: {file} has no function {name}")
-    return getattr(module, name)
+    return evaluate.find_judge(spec, flag=flag)
 
 
 class ModelReward:

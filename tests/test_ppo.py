@@ -545,6 +545,8 @@ def short(prompts, responses): return [1.0]
 def nan(prompts, responses): return [float("nan")] * len(responses)
 def text(prompts, responses): return ["good"] * len(responses)
 def raises(prompts, responses): raise KeyError("no such\\nprompt")
+def infinite(prompts, responses): return [1.0, float("-inf")]
+def nothing(prompts, responses): pass
 none = 3
 """
 
@@ -555,6 +557,7 @@ def test_rewards_come_from_the_world_a_folder_or_a_function_and_bad_ones_say_wha
     rows = [data.make_row(BYTES.encode("hi"), BYTES.encode(r) + [BYTES.eot]) for r in ("yes", "no, never")]
     assert ppo.ask(ppo.load_reward(f"{file}:good", BYTES), rows, BYTES).tolist() == [3.0, 9.0]
     for name, said in (("short", "returned 1 numbers for 2"), ("nan", "returned nan for the response 'yes'"), ("text", "raised ValueError"),
+                       ("infinite", "returned -inf for the response 'no, never'"), ("nothing", "raised TypeError: 'NoneType' object is not iterable"),
                        ("raises", "raised KeyError: 'no such")):
         with pytest.raises(SystemExit, match=said) as e:
             ppo.ask(ppo.load_reward(f"{file}:{name}", BYTES), rows, BYTES)
@@ -563,6 +566,11 @@ def test_rewards_come_from_the_world_a_folder_or_a_function_and_bad_ones_say_wha
     for spec in (f"{file}:none", f"{file}:absent", str(file), "wrold", str(tmp_path / "no.py:f"), f"{tmp_path / 'broken.py'}:f", str(tmp_path)):
         with pytest.raises(SystemExit, match="--reward"):
             ppo.load_reward(spec, BYTES)
+    with pytest.raises(SystemExit, match="--reward world: knows the help desk's questions only, not 'hi'"):
+        ppo.ask(ppo.load_reward("world", BYTES), rows, BYTES)                         # files' prompts are none of its own
+    toy(dtype=torch.float32).save(tmp_path / "policy", eot=256)
+    with pytest.raises(SystemExit, match="--reward .*: a language model without a reward head; --loss rm trains one from it"):
+        ppo.load_reward(str(tmp_path / "policy"), BYTES)
     prompt = world.eval_prompts("train", 1)[0]
     assert ppo.load_reward("world", None)([prompt], ["Happy to help."]) == [world.utility(prompt, "Happy to help.")]
 

@@ -41,10 +41,12 @@ class Turn(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Feedback:
-    """One response with a thumb up or down. A response is a text, or a conversation going on: turns from the assistant's to the assistant's."""
+    """One response with a thumb up or down. A response is a text, or a conversation going on: turns from the assistant's to the assistant's.
+
+    desirable None: a prompt alone, with an empty completion; for PPO, which writes the response itself."""
     prompt: str | tuple[Turn, ...]
     completion: str | tuple[Turn, ...]
-    desirable: bool
+    desirable: bool | None
     whole: bool = True                            # False: the completion was cut when it was sampled, so it has no end
     where: str = ""                               # file and row, for messages
     score: float | None = None
@@ -66,7 +68,7 @@ class Pair:
     where: str = ""
 
 
-def read(files, *, columns=None, threshold=None, scored="labels"):
+def read(files, *, columns=None, threshold=None, scored="labels", prompts=False):
     """Examples of one or several files, and the name of the format they were found in.
 
     files: .jsonl (a JSON object per line), .json (an array of objects), .parquet, or a dataset of the Hugging Face hub:
@@ -74,12 +76,13 @@ def read(files, *, columns=None, threshold=None, scored="labels"):
     columns: {"prompt": "question", ...} renames the file's columns to ours first.
     scored: what becomes of rows with a number instead of a label. "labels": desirable if and only if reward > threshold;
     "pairs": see pairs_from_scores.
+    prompts: whether a row may be a prompt without any response.
     Raises SystemExit with one line that names the file, the row and what would have been valid.
     """
     examples, formats, files = [], Counter(), [files] if isinstance(files, (str, Path)) else files
     for file in files:
         for where, record in _records(file):
-            name, found = parse(record, where, columns=columns, threshold=threshold, scored=scored)
+            name, found = parse(record, where, columns=columns, threshold=threshold, scored=scored, prompts=prompts)
             formats[name] += 1
             examples += found
     if not examples:
@@ -184,7 +187,7 @@ OPTIONAL = (*PAIR_NUMBERS, "target", "segment", "system", "input", "history")
 ALIASES = {"text": "completion", "response": "completion", "score": "reward", "kto_tag": "label"}
 
 
-def parse(record, where="", *, columns=None, threshold=None, scored="labels"):
+def parse(record, where="", *, columns=None, threshold=None, scored="labels", prompts=False):
     """One JSON object to (format name, [Feedback, ...] or [Pair])."""
     if not isinstance(record, dict):
         raise SystemExit(f"{where}: expected a JSON object with columns, got {type(record).__name__}")
@@ -197,8 +200,10 @@ def parse(record, where="", *, columns=None, threshold=None, scored="labels"):
         if theirs in record and ours not in record:
             record = {**record, ours: record[theirs]}
     name = next((n for n, needs in FORMATS.items() if all(k in record for k in needs)), None)
+    if name is None and prompts and "prompt" in record:
+        return "prompts alone", [Feedback(_with_system(_prompt(record["prompt"], where), record, where), "", None, where=where)]
     if name is None:
-        _unknown_format(record, nulls, where)
+        _unknown_format(record, nulls, where, [*FORMATS.values(), *[("prompt",)] * prompts])
     whole = record.get("truncated") is not True and record.get("finish_reason") != "length"
     if "chosen" in FORMATS[name]:
         return name, [_pair(record, name, where, whole)]
@@ -229,14 +234,16 @@ def parse(record, where="", *, columns=None, threshold=None, scored="labels"):
                   for a, label, score in zip(answers, labels, scores)]
 
 
-def _unknown_format(record, nulls, where):
-    near = min(FORMATS.values(), key=lambda needs: (sum(k not in record for k in needs), sum(k not in record and k not in nulls for k in needs)))
+def _unknown_format(record, nulls, where, formats):
+    near = min(formats, key=lambda needs: (sum(k not in record for k in needs), sum(k not in record and k not in nulls for k in needs)))
     lacks = [k for k in near if k not in record]
     if set(lacks) <= set(nulls):
         raise SystemExit(f"{where}: {', '.join(lacks)} is null; the format {' + '.join(near)} needs it")
+    if {c for needs in formats for c in needs if c in record} == {"prompt"}:
+        raise SystemExit(f"{where}: a prompt and no response to it; completion + label is missing, or chosen + rejected (--loss ppo alone writes its own responses)")
     hint = f" (nearest: {' + '.join(near)}, without {', '.join(lacks)})" if len(lacks) < len(near) else ""
     raise SystemExit(f"{where}: unknown format with columns {', '.join(k if k.isprintable() else repr(k) for k in record) or '(none)'}{hint}; known: "
-                     + "; ".join(" + ".join(needs) for needs in FORMATS.values()))
+                     + "; ".join(" + ".join(needs) for needs in formats))
 
 
 def _pair(record, name, where, whole):
@@ -544,7 +551,7 @@ class Row:
     ids: np.ndarray
     mask: np.ndarray
     n_prompt: int
-    desirable: bool = True
+    desirable: bool | None = True                 # None: a prompt alone, and then end-of-text
     where: str = ""
     score: float | None = None                    # of the response, where a pair has scores
     win_prob: float | None = None
@@ -601,13 +608,14 @@ def encode(examples, tokenizer, *, max_len=1024, max_prompt_len=512, add_eot=Tru
     for e in examples:
         counts["read"] += 1
         single = isinstance(e, Feedback)
+        alone = single and e.desirable is None                                     # its row ends where an answer would, so that it is a row like others
         answers = [e.completion] if single else [e.chosen, e.rejected] + [e.target] * bool(e.target and _final(e.target).strip())
-        chats = [_trained_turns(e, answer, turns) for answer in answers]
-        if not all(t.content.strip() or t.more for chat, wanted in chats for t in (chat[i] for i in wanted)):
+        chats = [_trained_turns(e, answer, "last" if alone else turns) for answer in answers]
+        if not alone and not all(t.content.strip() or t.more for chat, wanted in chats for t in (chat[i] for i in wanted)):
             counts["dropped: empty response"] += 1
             continue
         try:
-            prompt, responses = _spell(e.prompt, answers, chats, tokenizer, add_eot and e.whole)
+            prompt, responses = _spell(e.prompt, answers, chats, tokenizer, alone or add_eot and e.whole)
         except ValueError as why:
             raise SystemExit(f"{e.where}: {why}") from None
         if len(prompt) > max_prompt_len:
@@ -624,8 +632,8 @@ def encode(examples, tokenizer, *, max_len=1024, max_prompt_len=512, add_eot=Tru
             counts["dropped: chosen is rejected"] += 1
             continue
         out.append(rows[0] if single else tuple(rows))
-        counts[("desirable" if e.desirable else "undesirable") if single else "pairs"] += 1
-        labels.setdefault(rows[0].prompt_key, set()).update([e.desirable] if single else [])
+        counts[{True: "desirable", False: "undesirable", None: "prompts alone"}[e.desirable] if single else "pairs"] += 1
+        labels.setdefault(rows[0].prompt_key, set()).update([e.desirable] if single and not alone else [])
         counts["duplicates (kept)"] += key in seen
         seen.add(key)
     counts["prompts"] = len(labels)

@@ -135,22 +135,11 @@ def prompt_text(prompt):
 # --- judges: scores for responses ---------------------------------------------------------------------------------------
 
 def load_judge(text, *, device="cpu", flag="judge"):
-    """judge(prompts, responses) -> list of floats, higher is better: the judge of a comparison, or PPO's reward.
+    """judge(prompts, responses) -> list of floats, higher is better: what `find_judge` finds, its scores checked for number and finiteness.
 
-    text    `world`: true utility of the embedded help desk, in points; FOLDER: a reward model in Hugging Face format;
-            `file.py:function`: a Python function of the same signature
-    prompts are texts or tuples of data.Turn. Number and finiteness of the scores are checked, whoever gives them.
-    SystemExit with one line that names --`flag` where there is no such judge, or where it gives no usable scores.
+    prompts are texts or tuples of data.Turn. SystemExit with one line that names --`flag` where it gives no usable scores.
     """
-    (file, _, name), said = text.rpartition(":"), f"--{flag} {text}"
-    if text == "world":
-        score = _world_judge(said)
-    elif file.endswith(".py"):
-        score = _python_judge(file, name, said)
-    elif Path(text).is_dir():
-        score = _reward_model(text, device, flag)
-    else:
-        raise SystemExit(f"{said}: no such judge; valid are world, the folder of a reward model, or file.py:function")
+    score, said = find_judge(text, device=device, flag=flag), f"--{flag} {text}"
 
     def judge(prompts, responses):
         prompts, responses = list(prompts), list(responses)
@@ -168,6 +157,23 @@ def load_judge(text, *, device="cpu", flag="judge"):
         return scores
 
     return judge
+
+
+def find_judge(text, *, device="cpu", flag="judge"):
+    """(prompts, responses) -> scores, unchecked: of a comparison's judge, or PPO's reward.
+
+    text    `world`: true utility of the embedded help desk, in points; FOLDER: a reward model in Hugging Face format;
+            `file.py:function`: a Python function of the same signature
+    SystemExit with one line that names --`flag` where there is no such judge.
+    """
+    (file, _, name), said = text.rpartition(":"), f"--{flag} {text}"
+    if text == "world":
+        return _world_judge(said)
+    if file.endswith(".py"):
+        return _python_judge(file, name, said)
+    if Path(text).is_dir():
+        return _reward_model(text, device, flag)
+    raise SystemExit(f"{said}: no such judge; valid are world, the folder of a reward model, or file.py:function")
 
 
 def _world_judge(said):
@@ -312,7 +318,7 @@ def held_out_prompts(config, files=(), *, n, seed=0, split="report", columns=Non
     source = list(files or config["eval_data"] or config["data"])
     columns = data.parse_columns(config["columns"] if columns is None else columns)
     threshold = 0.0 if config["threshold"] is None else config["threshold"]                         # no prompt depends on it
-    examples, _ = data.read(source, columns=columns, threshold=threshold)
+    examples, _ = data.read(source, columns=columns, threshold=threshold, prompts=True)
     prompts = list(dict.fromkeys(e.prompt for e in examples))
     if len(prompts) > n:
         prompts = [prompts[i] for i in sorted(np.random.default_rng(seed).permutation(len(prompts))[:n])]
@@ -353,8 +359,8 @@ def compare(out, config, models, files=(), *, n=None, temperature=1.0, top_p=1.0
         if temperature == top_p == 1:
             new["kl"] = float(sampled_kl(policy, reference, replied, device=device, budget=max(256, 2**20 // policy.vocab_size)).mean())
     if examples:
-        labelled, _ = data.encode(data.to_feedback(examples)[:512], tokenizer, max_len=min(config["max_len"], policy.context),
-                                  max_prompt_len=config["max_prompt_len"], add_eot=config["add_eot"])
+        labelled = [e for e in data.to_feedback(examples) if e.desirable is not None][:512]                      # prompts alone say nothing of margins
+        labelled, _ = data.encode(labelled, tokenizer, max_len=min(config["max_len"], policy.context), max_prompt_len=config["max_prompt_len"], add_eot=config["add_eot"])
         if labelled:
             new["compared"] = margins(*(response_logps(m, labelled, device) for m in (policy, reference)), [r.desirable for r in labelled])
             print(margins_line("these prompts'", new["compared"]))
@@ -702,8 +708,10 @@ def model_card(config, result):
             paper = next((line.strip() for line in doc if line.strip().startswith("Paper: ")), "")
             lines += ["", f"    {t}: {doc[0].removesuffix('(B,)').strip()}", "", f"{paper}. Symbols as in nanoKTO's kto.py and dpo_variants.py."]
     of = lambda key: ", ".join(f"`{name(f)}`" for f in config.get(key) or ())                                   # noqa: E731
-    lines += ["", "## Data", "", f"Trained on {of('data') or 'the embedded help desk of nanoKTO'}: {config.get('n_desirable', 0):,} desirable and "
-              f"{config.get('n_undesirable', 0):,} undesirable responses." + (f" Held out: {of('eval_data')}." if of("eval_data") else "")]
+    learnt = ("its own responses to these prompts" if loss == "ppo" else
+              f"{config.get('n_desirable', 0):,} desirable and {config.get('n_undesirable', 0):,} undesirable responses")
+    lines += ["", "## Data", "", f"Trained on {of('data') or 'the embedded help desk of nanoKTO'}: {learnt}."
+              + (f" Held out: {of('eval_data')}." if of("eval_data") else "")]
     origin = config.get("origin", {})
     chosen = [k for k in config if k not in NOT_IN_CARD and (k in ALWAYS_IN_CARD or origin.get(k, "default") != "default")]
     lines += ["", "## Settings", "", "| setting | value | from |", "|---|---|---|"]

@@ -219,27 +219,27 @@ class GPT(nn.Module):
             return logps, head_log_probs(hidden[other.predict], self.wte.weight, other.targets)
 
     @torch.no_grad()
-    def generate(self, prompts, *, eot, max_new_tokens, temperature=1.0, top_p=1.0, seed=0, rows=512, room=None):
+    def generate(self, prompts, *, eot, max_new_tokens, temperature=1.0, top_p=1.0, seed=0, rows=512, room=None, numbers=None):
         """Sample a response to each prompt.   list of token lists -> list of token lists (with the end-of-text, if it came)
 
         temperature 0 is greedy. A key-value cache, all rows at once; a row that has ended leaves the batch. The random
-        number of row i's t-th token depends on (seed, i, t) alone (seed: a number or a list of them), so batching and other rows do not change a sample.
+        number of row i's t-th token depends on (seed, i, t) alone (seed: a number or a list of them), so batching and other rows do not change a sample;
+        in float32, where sums round otherwise in another batch, all but never (tests/test_ppo.py counts).
+        `numbers`: what i is for each prompt, where they are a part of more (default: 0, 1, 2, ...).
         `room`: tokens at most in prompt and response together (default: the model's context). ValueError where a prompt is
         empty or leaves no room for a response.
         """
-        out = []
-        for first in range(0, len(prompts), rows):
-            out += self._generate(prompts[first:first + rows], first, eot, max_new_tokens, temperature, top_p, seed, room)
+        numbers, out = numbers or range(len(prompts)), []
+        for k in range(0, len(prompts), rows):
+            out += self._generate(prompts[k:k + rows], numbers[k:k + rows], eot, max_new_tokens, temperature, top_p, seed, room)
         return out
 
-    def _generate(self, prompts, first, eot, max_new_tokens, temperature, top_p, seed, room):
+    def _generate(self, prompts, numbers, eot, max_new_tokens, temperature, top_p, seed, room):
         device, room = self.wte.weight.device, min(room or self.context, self.context)
         out = [[] for _ in prompts]
         if max_new_tokens < 1:
             return out
-        noise = np.stack([np.random.default_rng([*np.atleast_1d(seed), first + i]).random(max_new_tokens) for i in range(len(prompts))])
-        noise = torch.from_numpy(noise).to(device)                                                       # (rows, new)
-        lengths = check_prompts(prompts, room)
+        noise, lengths = uniforms(seed, numbers, max_new_tokens, device), check_prompts(prompts, room)
         cache = _Cache(self.config, lengths, min(max(lengths) + max_new_tokens, room), self.wte.weight)
         ids = torch.tensor([t for p in prompts for t in p], device=device)
         positions = torch.cat([torch.arange(n, device=device) for n in lengths])
@@ -348,6 +348,11 @@ def check_prompts(prompts, room):
     if min(lengths) < 1 or max(lengths) >= room:
         raise ValueError(f"prompts must have 1 to {room - 1} tokens, got {min(lengths)} to {max(lengths)}")
     return lengths
+
+
+def uniforms(seed, numbers, n, device="cpu"):
+    """A random number in [0, 1) for each of the n tokens of each row: a function of (seed, the row's number, position).   (rows, n) float64"""
+    return torch.from_numpy(np.stack([np.random.default_rng([*np.atleast_1d(seed), i]).random(n) for i in numbers])).to(device)
 
 
 def sample(logits, uniform, temperature=1.0, top_p=1.0):
@@ -522,24 +527,28 @@ class HFPolicy(nn.Module):
         return found
 
     @torch.no_grad()
-    def generate(self, prompts, *, eot, max_new_tokens, temperature=1.0, top_p=1.0, seed=0, rows=64, room=None):
-        """As `GPT.generate`, by transformers' own `generate` (left-padded). Samples depend on the batching here."""
+    def generate(self, prompts, *, eot, max_new_tokens, temperature=1.0, top_p=1.0, seed=0, rows=64, room=None, numbers=None):
+        """As `GPT.generate` and from the same random numbers, by transformers' own `generate` (left-padded), which takes our draw for a greedy choice."""
         device, out, room = next(self.lm.parameters()).device, [], min(room or self.context, self.context)
         if max_new_tokens < 1 or not prompts:
             return [[] for _ in prompts]
         check_prompts(prompts, room)
-        how = dict(do_sample=True, temperature=temperature, top_p=top_p, top_k=0) if temperature else dict(do_sample=False)
-        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-            torch.manual_seed(int(np.random.default_rng(seed).integers(2**31)))
-            for i in range(0, len(prompts), rows):
-                part = prompts[i:i + rows]
-                width = max(map(len, part))
-                ids = torch.tensor([[eot] * (width - len(p)) + list(p) for p in part], device=device)
-                real = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in part], device=device)
-                grown = self.lm.generate(ids, attention_mask=real, max_new_tokens=max_new_tokens, eos_token_id=eot, pad_token_id=eot, **how)
-                for prompt, row in zip(part, grown[:, width:].tolist()):
-                    row = row[:room - len(prompt)]
-                    out.append(row[:row.index(eot) + 1] if eot in row else row)
+        noise = uniforms(seed, numbers or range(len(prompts)), max_new_tokens, device)
+        for i in range(0, len(prompts), rows):
+            part = prompts[i:i + rows]
+            width = max(map(len, part))
+            ids = torch.tensor([[eot] * (width - len(p)) + list(p) for p in part], device=device)
+            real = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in part], device=device)
+
+            def draw(ids, logits, noise=noise[i:i + rows], width=width):
+                token = sample(logits, noise[:, ids.shape[1] - width], temperature, top_p)
+                return torch.full_like(logits, -torch.inf).scatter(1, token[:, None], 0.0)
+
+            grown = self.lm.generate(ids, attention_mask=real, max_new_tokens=max_new_tokens, eos_token_id=eot, pad_token_id=eot,
+                                     do_sample=False, logits_processor=[draw])
+            for prompt, row in zip(part, grown[:, width:].tolist()):
+                row = row[:room - len(prompt)]
+                out.append(row[:row.index(eot) + 1] if eot in row else row)
         return out
 
     def save(self, folder, *, eot=None, adapter=False, weights=None):

@@ -467,10 +467,10 @@ def mismatched_units(units, batch, cfg):
 
 
 def on_policy_units(policy, rows, task, seed):
-    """The policy's own response to each row's prompt, at temperature 1. Every rank samples all of them: the same ones."""
-    prompts = [row.ids[:row.n_prompt].tolist() for row in rows]
-    with precision(task.cfg, task.group.device):
-        responses = policy.generate(prompts, eot=task.tokenizer.eot, max_new_tokens=task.cfg.max_len, room=task.cfg.max_len, seed=seed)
+    """The policy's own response to each row's prompt, at temperature 1: the same ones on every rank."""
+    prompts, group = [row.ids[:row.n_prompt].tolist() for row in rows], task.group
+    with precision(task.cfg, group.device):
+        responses = ppo.answers(policy, prompts, task.tokenizer, max_len=task.cfg.max_len, seed=seed, rank=group.rank, size=group.size, combine=group.sum)
     return [(data.make_row(p, r),) for p, r in zip(prompts, responses)]
 
 
@@ -1066,8 +1066,9 @@ def file_source(cfg, paired, recipe):
     tokenizer = data.load_tokenizer(base or cfg.model or cfg.tokenizer or None, trust_remote_code=cfg.trust_remote_code)
 
     def read(files):
-        threshold = 0.0 if cfg.loss == "ppo" and cfg.threshold is None else cfg.threshold                  # it takes the prompts alone
-        examples, name = data.read(files, columns=data.parse_columns(cfg.columns), threshold=threshold, scored="pairs" if paired else "labels")
+        acts = cfg.loss == "ppo"                                                                      # it takes the prompts alone, whatever else is there
+        examples, name = data.read(files, columns=data.parse_columns(cfg.columns), threshold=0.0 if acts and cfg.threshold is None else cfg.threshold,
+                                   scored="pairs" if paired else "labels", prompts=acts)
         if paired and not isinstance(examples[0], data.Pair):
             raise SystemExit(f"--data {' '.join(files)}: --loss {cfg.loss} needs pairs (prompt, chosen, rejected); the file has {name}")
         examples = examples if paired else data.to_feedback(examples)
@@ -1081,11 +1082,13 @@ def file_source(cfg, paired, recipe):
     held_out, held_out_units = read(cfg.eval_data)[:2] if cfg.eval_data else ([], [])
 
     def margins(policy, reference, some):
-        device, rows = next(policy.parameters()).device, [(row,) for u in some for row in u]
-        return evaluate.margins(*(score(p, rows, cfg, device)[:, 0] for p in (policy, reference)), [row.desirable for row, in rows])
+        device, rows = next(policy.parameters()).device, [(row,) for u in some for row in u if row.desirable is not None]
+        return evaluate.margins(*(score(p, rows, cfg, device)[:, 0] for p in (policy, reference)), [row.desirable for row, in rows]) if rows else {}
 
     def stages():
-        rows = [row for u in units for row in u]
+        rows = [row for u in units for row in u if row.desirable is not None]
+        if not rows:
+            raise SystemExit(f"--data {' '.join(cfg.data)}: prompts without responses, from which no small GPT can be trained; give --model, or --init and --ref")
         good = [row for row in rows if row.desirable] or rows
         return [("sft", good, dict(steps=cfg.sft_steps, batch_size=cfg.batch_size, lr=1e-3, warmup=20, weight_decay=0.1))]
 

@@ -314,6 +314,31 @@ def test_every_format_reads_alike_from_lines_and_from_an_array(tmp_path, record,
     assert json.dumps(record) == before                                              # parsing renames in a copy
 
 
+PROMPTS = [({"prompt": "Q"}, {}, "Q"), ({"prompt": CHAT, "id": 3}, {}, TURNS), ({"prompt": SHARE}, {}, TURNS), ({"prompt": "Q", "system": "S"}, {}, TURNS),
+           ({"question": "Q"}, {"columns": {"prompt": "question"}}, "Q"), ({"messages": CHAT}, {"columns": {"prompt": "messages"}}, TURNS),
+           ({"prompt": "Q", "completion": "A"}, {}, "Q"), ({"prompt": "Q", "chosen": None, "rejected": None}, {}, "Q"), ({"prompt": ""}, {}, "")]
+
+
+@pytest.mark.parametrize("record, how, prompt", PROMPTS, ids=[str(p[0])[:40] for p in PROMPTS])
+def test_a_prompt_alone_is_read_from_lines_an_array_and_parquet_where_that_is_asked_for(tmp_path, record, how, prompt):
+    import pyarrow as pa, pyarrow.parquet as pq
+    jsonl(tmp_path / "a.jsonl", record, record)
+    (tmp_path / "a.json").write_text(json.dumps([record, record]))
+    pq.write_table(pa.Table.from_pylist([record, record]), tmp_path / "a.parquet")
+    for file, row in (("a.jsonl", "line"), ("a.json", "record"), ("a.parquet", "row")):
+        wanted = [Feedback(prompt, "", None, where=f"{tmp_path / file}: {row} {i}") for i in (1, 2)]
+        assert read(tmp_path / file, prompts=True, **how) == (wanted, "prompts alone")
+        assert f"{tmp_path / file}: {row} 1: " in complaint(tmp_path / file, **how)                     # not asked for: an error
+
+
+def test_where_prompts_may_stand_alone_every_other_format_reads_as_before_and_may_stand_beside_them(tmp_path):
+    for i, (record, how, _) in enumerate(FORMATS):
+        path = jsonl(tmp_path / f"{i}.jsonl", record)
+        assert read(path, **how) == read(path, prompts=True, **how)
+    examples, name = read(jsonl(tmp_path / "both.jsonl", TEXT, {"prompt": "P"}), prompts=True)
+    assert [e.desirable for e in examples] == [True, None] and name == "prompt, completion, label, prompts alone"
+
+
 def test_every_named_format_is_among_the_examples(tmp_path):
     names = {data.parse(record, **how)[0] for record, how, _ in FORMATS} | {data.parse(MANY[0], threshold=1)[0]}
     assert names == set(data.FORMATS)
@@ -384,6 +409,16 @@ BAD_ROWS = [                                                                    
     ({"messages": [{"role": "assistant", "content": None}], "label": True}, "text content", {}),
     ({"messages": [{"role": ["user"], "content": "A"}], "label": True}, "role (human, gpt", {}),
     ({"prompt": "Q", "completion": "A", "label": True}, "--columns prompt=question", {"columns": {"prompt": "question"}}),
+    ({"prompt": "Q"}, "a prompt and no response to it; completion + label is missing, or chosen + rejected (--loss ppo alone", {}),
+    ({"prompt": CHAT, "source": "x"}, "a prompt and no response to it; completion + label is missing", {}),
+    ({"prompt": "Q", "completion": "A"}, "unknown format with columns prompt, completion (nearest: prompt + completion + label, without label)", {}),
+    ({"query": "Q"}, "unknown format with columns query; known: conversations + chosen + rejected; ", {"prompts": True}),
+    ({"query": "Q"}, "; prompt + responses + scores; prompt", {"prompts": True}),
+    ({"prompt": None, "source": "x"}, "prompt is null; the format prompt needs it", {"prompts": True}),
+    ({"prompt": 5}, "expected a text or a list of messages", {"prompts": True}),
+    ({"prompt": []}, "expected a text or a list of messages", {"prompts": True}),
+    ('{"prompt": "\\ud800"}', "half of a surrogate pair", {"prompts": True}),
+    ({"prompt": "Q", "completion": "A", "label": "good"}, "label is 'good'", {"prompts": True}),         # what claims to be more is read as more
 ]
 
 
@@ -494,6 +529,21 @@ def test_the_bos_survives_a_cut_prompt(hf):
 def test_add_eot_false_ends_no_row(tmp_path):
     rows, _ = encode([feedback("Q", "A"), feedback("Q", "</s>" + EOT)], BYTES, add_eot=False)
     assert [BYTES.decode(r.response) for r in rows] == ["A", "</s>" + EOT] and all(BYTES.eot not in r.ids for r in rows)
+
+
+@pytest.mark.parametrize("how", [{}, dict(add_eot=False), dict(turns="all")], ids=str)
+def test_a_prompt_alone_is_a_row_that_ends_where_its_answer_would_begin(hf, how):
+    talk = (Turn("user", "a"), Turn("assistant", "b"), Turn("user", "c"))
+    examples = [Feedback("Question?", "", None), Feedback(talk, "", None), Feedback("", "", None), Feedback("x" * 80, "", None), Feedback("Question?", "A", True)]
+    for tokenizer in (hf, BYTES):
+        rows, counts = encode(examples, tokenizer, max_len=60, max_prompt_len=59, **how)
+        asked = [tokenizer.prompt_ids(e.prompt) or [tokenizer.eot] for e in examples[:3]]
+        assert [r.ids[:r.n_prompt].tolist() for r in rows[:3]] == asked and all(len(p) < 60 for p in asked)
+        assert all(r.response.tolist() == [tokenizer.eot] and r.desirable is None and r.mask.sum() == 1 for r in rows[:4])
+        cut = rows[3].ids[:rows[3].n_prompt].tolist()
+        assert len(cut) == 59 and cut == tokenizer.bos + tokenizer.prompt_ids("x" * 80)[len(tokenizer.bos) - 59:]            # the left end is lost
+        assert counts["prompts alone"] == 4 and counts["desirable"] == 1 and counts["prompts"] == 4 and not counts["prompts with both labels"]
+        assert rows[4].prompt_key == rows[0].prompt_key and rows[4].desirable is True
 
 
 def test_train_prompt_trains_all_but_the_very_first_token():

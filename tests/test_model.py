@@ -430,6 +430,7 @@ def test_a_sample_does_not_depend_on_the_other_rows_nor_on_how_many_go_together(
     all_at_once = net.generate(PROMPTS, eot=EOT, max_new_tokens=12, seed=4)
     for rows in (1, 2, 3):
         assert net.generate(PROMPTS, eot=EOT, max_new_tokens=12, seed=4, rows=rows) == all_at_once
+    assert net.generate(PROMPTS[4:1:-2], eot=EOT, max_new_tokens=12, seed=4, numbers=[4, 2]) == all_at_once[4:1:-2]         # a part, called by its numbers
     others = [[3, 3], *PROMPTS[1:3], [1], [2]]
     assert net.generate(others, eot=EOT, max_new_tokens=12, seed=4)[1:3] == all_at_once[1:3]
     assert net.generate(PROMPTS, eot=EOT, max_new_tokens=5, seed=4) == [r[:5] for r in all_at_once]
@@ -815,6 +816,19 @@ def test_hf_samples_stop_at_the_end_of_text_repeat_with_the_seed_and_leave_the_g
     assert all(5 not in r[:-1] and (r[-1] == 5 or len(r) == 20) for r in out) and {r[-1] == 5 for r in out} == {True, False}
     assert policy.generate([[3]] * 60, eot=5, max_new_tokens=20, temperature=3.0, seed=1) == out
     assert policy.generate([[3]] * 60, eot=5, max_new_tokens=20, temperature=3.0, seed=2) != out
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_hf_samples_are_drawn_from_the_same_random_numbers_as_ours_whatever_shares_the_batch(folders, kind):
+    policy, prompts = load_policy(folders[kind], dtype=torch.float64), HF_PROMPTS + HF_PROMPTS[:1]
+    for how in (dict(temperature=2.0), dict(temperature=3.0, top_p=0.8)):
+        how = dict(eot=5, seed=4, **how)
+        with torch.no_grad():
+            expected = naive_generate(policy, prompts, new=12, **how)
+        for rows in (1, 2, 64):
+            assert policy.generate(prompts, max_new_tokens=12, rows=rows, **how) == expected
+        assert policy.generate(prompts[3:1:-1], max_new_tokens=12, numbers=[3, 2], **how) == expected[3:1:-1]
+        assert expected[0] != expected[3]                                            # one prompt, two rows
 
 
 def test_hf_generation_samples_the_policys_own_distribution(folders):

@@ -213,7 +213,7 @@ def parse(record, where="", *, columns=None, threshold=None, scored="labels"):
         column = next(c for c in ("responses", "completion", "output") if c in FORMATS[name])
         answers = record[column] if column == "responses" else [record[column]]
     prompt = _with_system(prompt, record, where)
-    scores = [None] * len(answers)
+    scores = [None]
     if name.startswith("scored") or scored == "pairs" and "reward" in record:
         scores = record["scores"] if "scores" in FORMATS[name] else [record["reward"]]
         if not isinstance(answers, list) or not isinstance(scores, list) or len(answers) != len(scores) or not answers:

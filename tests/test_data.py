@@ -373,6 +373,7 @@ BAD_ROWS = [                                                                    
     ({"instruction": "Q", "system": 1, "output": "A", "label": True}, "text content", {}),
     ({"prompt": "Q", "responses": ["A"], "scores": [1, 2]}, "two lists of one length", {"threshold": 1.0}),
     ({"prompt": "Q", "responses": "A", "scores": [1]}, "two lists of one length", {"threshold": 1.0}),
+    ({"prompt": "Q", "responses": False, "scores": [1]}, "two lists of one length", {"threshold": 1.0}),
     ({"prompt": "Q", "responses": [], "scores": []}, "two lists of one length", {"threshold": 1.0}),
     ({"prompt": "Q", "responses": ["A"], "scores": ["1"]}, "scores is '1'", {"threshold": 1.0}),
     ({"prompt": "Q", "responses": ["A"], "scores": [1]}, "--threshold", {}),

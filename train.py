@@ -634,6 +634,7 @@ def main(argv=None):
         if not isinstance(e.code, str):
             raise
         line = re.sub(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]+", " ", e.code)           # names come from files and may hold anything
+        line = line if len(line) < 2500 else f"{line[:2000]} ... {line[-400:]}"
         raise SystemExit(line if Group.first_to_say(line) else 1) from None           # one line in all, not one per process
     except (OSError, SafetensorError) as e:
         if isinstance(e, OSError) and e.errno not in NO_ROOM:

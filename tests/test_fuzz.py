@@ -9,6 +9,7 @@ import signal
 import pytest
 import torch
 from hypothesis import HealthCheck, Phase, given, settings, strategies as st
+from hypothesis.internal.conjecture import providers
 from safetensors.torch import load_file
 
 import data
@@ -16,6 +17,7 @@ import evaluate
 import model
 import train
 
+NOTHING = providers.Constants(**{kind: providers.SortedSet() for kind in ("integers", "floats", "bytes", "strings")})
 NASTY = ["", " ", "\n", "</s>", "<|endoftext|>", "\x00", "\x85", "\u2028", "\ufeff", "\ud800", "\u202e", "e\u0301", "\U0001f600", "{{ 1/0 }}", "{% raw %}", "\u27e60:content\u27e7",
          "../../etc/passwd", "%s%n", "long " * 400, "\u4f60\u597d", "null", "-1", "true", "\\", '"', "\t\r"]
 texts = st.sampled_from(NASTY) | st.text(max_size=12) | st.sampled_from(["how?", "why so?", "good answer.", "bad answer!", "ok"])
@@ -148,6 +150,7 @@ def room(tmp_path_factory):
     before = os.getcwd()
     os.chdir(folder)
     with pytest.MonkeyPatch.context() as m:
+        m.setattr(providers, "_get_local_constants", lambda: NOTHING, raising=False)                # else the cases would hang on which modules other tests have loaded
         m.setattr(evaluate, "plot_curves", lambda *a, **k: None)                                   # matplotlib takes longer than all the rest
         m.setattr(evaluate, "write_samples", lambda *a, **k: None)
         m.setattr(evaluate, "replies", lambda m, t, prompts, **k: ([""] * len(prompts), []))

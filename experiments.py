@@ -324,9 +324,9 @@ class Claim(NamedTuple):
     seeds: object                                # how many; None: as many as asked for
 
 
-def claim(says, source, panels=1, seeds=None, **arms):
+def claim(says, source, *, arms={}, panels=1, seeds=None):
     def register(check):
-        CLAIMS[check.__name__] = Claim(says, source, arms.get("arms", arms), check, panels, seeds)
+        CLAIMS[check.__name__] = Claim(says, source, arms, check, panels, seeds)
         return check
     return register
 
@@ -838,18 +838,21 @@ def methods_table(results):
 def objectives_table():
     """Every objective and recipe, from signatures and docstrings: the README's first table of methods."""
     extra = {"score_gap": "scores", "chosen_win_prob": "win probabilities", "target_logps": "a third response"}
-    rows = []
+    rows, source = [], (ROOT / "train.py").read_text().split("\n")
     for name, f in {**kto.LOSSES, "offline_ppo": ppo.offline_ppo_loss, **dpo_variants.LOSSES}.items():
-        wants = train.signature(f)[0]
+        wants, file = train.signature(f)[0], Path(inspect.getsourcefile(f)).stem
         said = dict(line.strip().split(": ", 1) for line in inspect.getdoc(f).splitlines() if line.startswith(("Paper: ", "Idea: ")))
         needs = ["pairs" if train.is_paired(wants) else "labels", *(words for n, words in extra.items() if n in wants)]
-        rows.append((name, said["Paper"], "yes" if train.REFERENCE & set(wants) else "no", " + ".join(needs), said["Idea"]))
+        rows.append((f"[`{name}`]({file}.py#L{inspect.getsourcelines(f)[1]})", said["Paper"], "yes" if train.REFERENCE & set(wants) else "no", " + ".join(needs), said["Idea"],
+                     f"[test](tests/test_{file}.py)" + ", [curve](notebooks/01_loss_landscapes.ipynb)" * (file != "ppo")))
     for name, r in train.RECIPES.items():
         reference = {"none": "no", "moving": "moves"}.get(r.get("reference"), "no" if name == "rm" else "the last stage" if "stages" in r else "yes")
         needs = {"spin": "good responses", "sdpo_segment": "sessions", "ppo": "prompts + a reward"}.get(name, "pairs")
-        rows.append((name, r["paper"], reference, needs, r["idea"] + "."))
-    cells = [" | ".join([f"`{name}`", *(cell.replace("|", "\\|") for cell in rest)]) for name, *rest in rows]
-    return "\n".join(["| `--loss` | paper | reference | data | idea |", "|---|---|---|---|---|", *(f"| {row} |" for row in cells)])
+        line = next(i for i, text in enumerate(source, 1) if text.startswith(f'    "{name}": dict('))
+        see = {"ppo": "[test](tests/test_ppo.py), [pictures](notebooks/06_ppo_and_friends.ipynb)", "rm": "[test](tests/test_ppo.py)"}.get(name, "[test](tests/test_train.py), [plane](results/claims/exact_frontier.png)")
+        rows.append((f"[`{name}`](train.py#L{line})", r["paper"], reference, needs, r["idea"] + ".", see))
+    cells = [" | ".join(cell.replace("|", "\\|") for cell in row) for row in rows]
+    return "\n".join(["| `--loss`, its equation | paper | reference | data | idea | see |", "|---|---|---|---|---|---|", *(f"| {row} |" for row in cells)])
 
 
 def main(argv):

@@ -158,7 +158,7 @@ def run_arm(a, seed, out, quick=False):
     """Train, then measure on held-out questions against the SFT model of this seed.   -> the run's numbers, or {"failed": why}"""
     folder, clock = out / f"{slug(a.key)}-seed{seed}", time.process_time()
     out.mkdir(parents=True, exist_ok=True)
-    with open(folder.with_suffix(".log"), "w") as log, contextlib.redirect_stdout(log), contextlib.redirect_stderr(log):
+    with open(out / f"{folder.name}.log", "w") as log, contextlib.redirect_stdout(log), contextlib.redirect_stderr(log):
         if dict(a.flags).get("reward") == "rm":
             with train.locked(out / f"rm-seed{seed}.lock"):                # arms of one seed share the reward model
                 if not (out / f"rm-world-seed{seed}" / "eval.json").exists():

@@ -664,21 +664,22 @@ def ppo_dpo_kto(r, axes):
             r.more("win rate, PPO (16 steps) - KTO for as long > 0", r("PPO, 16 steps", "win_rate") - r("KTO", "win_rate"))]
 
 
-@claim("Against a learnt reward true reward rises and then falls", "Gao et al. 2023 (2210.10760)", panels=1,
-       arms={"PPO, learnt reward": arm("ppo", on="world", reward="rm", kl_coef=0.05, steps=160, eval_every=8)})
+@claim("Against a learnt reward true reward rises and then falls", "Gao et al. 2023 (2210.10760)",
+       arms={"kl_coef 0.05": arm("ppo", on="world", reward="rm", kl_coef=0.05, steps=160, eval_every=8), "kl_coef 1, 16 steps": FEEDBACK["PPO, 16 steps"], "kl_coef 1, 80 steps": FEEDBACK["PPO"]})
 def overoptimisation(r, axes):
-    """PPO with a small KL coefficient, measured on the tuning questions every 8 steps."""
+    """PPO with a small KL coefficient, measured on the tuning questions every 8 steps; where runs with a large one end stands beside it."""
     frontier(axes[0])
     fall, far = [], 1.0
-    for run, colour in zip(r.runs("PPO, learnt reward"), COLOURS):
-        c = run.get("curve") or [dict(kl=run["kl"], reward=run["reward"])]
-        kl, u = (np.array([x[k] for x in c]) for k in ("kl", "reward"))
-        axes[0].plot(kl, u, "o-", ms=4, color=colour, label=f"seed {run['seed']}")
-        smooth = np.convolve(u, np.ones(3) / 3, "valid") if len(u) > 2 else u
+    for run, colour, marker in zip(r.runs("kl_coef 0.05"), COLOURS, "os^Dv*P"):
+        kl, u = (np.array([start, *(point[k] for point in run.get("curve", []))]) for k, start in (("kl", 0.0), ("reward", run["reward_ref"])))
+        axes[0].plot(kl, u, marker=marker, ms=4, lw=1, color=colour, label=f"kl_coef 0.05, every 8 steps, seed {run['seed']}")
+        smooth = np.convolve(u[1:], np.ones(3) / 3, "valid") if len(u) > 3 else u
         fall, far = [*fall, smooth.max() - smooth[-1]], max(far, kl.max())
+    for label, marker in (("kl_coef 1, 16 steps", "x"), ("kl_coef 1, 80 steps", "+")):
+        axes[0].scatter(r(label, "kl"), r(label, "reward"), marker=marker, s=60, color=BLACK, zorder=3, label=f"{label}, at the end")
     axes[0].set_xlim(-0.1, far * 1.05)
-    axes[0].legend(frameon=False, loc="lower right")
-    return [r.more("true reward at its best - at the end (means of 3 measurements) > 0.1", fall, by=0.1)]
+    axes[0].legend(frameon=False, loc="lower right", fontsize=8)
+    return [r.more("true reward at its best - at the end (means of 3 measurements in a row) > 0.1", fall, by=0.1)]
 
 
 def knobs():

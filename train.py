@@ -34,6 +34,7 @@ import tempfile
 import threading
 import time
 import uuid
+from collections import Counter
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import timedelta
@@ -808,6 +809,11 @@ def actor(policy):
     return policy.policy if isinstance(policy, ppo.ActorCritic) else policy
 
 
+def models_of(policy):
+    """The language models in what is trained: one, or an actor and the trunk of its critic."""
+    return [policy.policy, policy.critic.trunk] if isinstance(policy, ppo.ActorCritic) else [policy.trunk if isinstance(policy, ppo.RewardModel) else policy]
+
+
 def reference_for(units, recipe, own, task, policy):
     """What this stage compares with, as the recipe says; None where the loss names no reference."""
     if recipe.get("reference") == "none":
@@ -965,11 +971,14 @@ def dry_run(policy, reference, optimizer, units, prompts, task, apart):
     clock = time.perf_counter()
     step(policy, reference, optimizer, batch, units, task, {}, update=False)            # again, now that everything is warm
     per_step, clock = time.perf_counter() - clock, time.perf_counter()
-    score(policy, [units[i] for i in batch.rows], cfg, group.device)
+    score(actor(policy), [units[i] for i in batch.rows], cfg, group.device)
     per_row = (time.perf_counter() - clock) / len(batch.rows) / group.size
-    passes = 0 if reference is None else min(len(units), steps * cfg.batch_size) + steps * cfg.batch_size * task.needs_partners
-    held = model.memory_estimate(policy, tokens=policy.token_budget, checkpointed=cfg.checkpoint_activations, activation_bytes=2 if cfg.dtype == "bf16" else 4,
-                                 reference=isinstance(reference, MovingReference))
+    passes = 0 if reference is None or "advantages" in task.wants else min(len(units), steps * cfg.batch_size) + steps * cfg.batch_size * task.needs_partners
+    held = Counter()
+    for k, part in enumerate(models_of(policy)):                                     # the reference's model: where every step needs it
+        held.update(model.memory_estimate(part, tokens=policy.token_budget, checkpointed=cfg.checkpoint_activations, activation_bytes=2 if cfg.dtype == "bf16" else 4,
+                                          reference=k == 0 and "live" in getattr(reference, "__dict__", {})))
+    held = dict(held)
     if cfg.fsdp:
         held |= {what: held[what] / group.size for what in ("weights", "gradients", "optimizer", "reference")}
     rss = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 2**10)

@@ -703,6 +703,16 @@ def test_a_reward_model_from_the_command_line_is_a_reward_for_ppo(lab, pairs, tm
     assert all(math.isfinite(x["reward"]) and x["reward"] != 0 for x in metrics(tmp_path / "ppo"))
 
 
+@pytest.mark.parametrize("loss, held", [("rm", [False]), ("ppo", [True, False])])
+def test_a_dry_run_adds_up_what_every_model_will_hold(lab, pairs, tmp_path, capsys, monkeypatch, loss, held):
+    """A reward model is one transformer; PPO's policy and critic are two, the first with a reference that stays."""
+    asked = []
+    monkeypatch.setattr(model, "memory_estimate", lambda net, *, reference, **how: asked.append((type(net), reference)) or {"weights": 3 * 2**20})
+    run(*(pair_flags(pairs, tmp_path / "run", "rm", "--dry_run", steps=3) if loss == "rm" else ppo_flags(lab, tmp_path, tmp_path / "run", "--dry_run")))
+    assert asked == [(model.GPT, reference) for reference in held] and f"weights {3 * len(held)} MB" in capsys.readouterr().out
+    assert not (tmp_path / "run").exists()
+
+
 @pytest.fixture(scope="module")
 def llama(lab, tmp_path_factory):
     return tiny_llama(tmp_path_factory.mktemp("llama") / "model", open(lab / "rows.jsonl").read().split("\n"))

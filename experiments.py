@@ -661,6 +661,8 @@ def ppo_dpo_kto(r, axes):
     for label, colour, marker in zip(r.arms, 2 * COLOURS, "os^Dv*PX<>hp"):
         axes[1].errorbar(r(label, "align_cpu").mean(), r(label, "win_rate").mean(), r(label, "win_rate").std(ddof=1) if len(r.seeds) > 1 else None, color=colour, marker=marker, capsize=3)
     axes[1].set(xscale="log", xlabel="alignment, CPU seconds (PPO: without its reward model)", ylabel="win rate against the reference")
+    axes[1].set_xticks([20, 50, 100], ["20", "50", "100"])
+    axes[1].minorticks_off()
     best = r.best([x for x in r.arms if x.startswith("PPO, 40")])
     return [r.more(f"win rate, {mine} - {theirs} > 0", r(mine, "win_rate") - r(theirs, "win_rate"))
             for mine, others in ((best, ("DPO, 1600 steps", "KTO, 1600 steps")), ("PPO, 16 steps", ("DPO, 400 steps", "KTO, 400 steps"))) for theirs in others]

@@ -298,7 +298,8 @@ class Theirs:
         self.trainer = trainer(model=load("policy"), ref_model=None if cached else load("ref"), args=args, train_dataset=Dataset.from_list(records),
                                processing_class=word_tokenizer(case.vocab))
         self.trainer.remove_callback(PrinterCallback)                                  # no lines in the middle of a table
-        self.model, self.case, self.trainer.current_gradient_accumulation_steps = self.trainer.model, case, 1
+        self.model = self.trainer.accelerator.prepare_model(self.trainer.model)        # as its train() does: bf16 is an autocast around the model's forward
+        self.case, self.trainer.current_gradient_accumulation_steps = case, 1
 
     def inputs(self, ours, batch, cached):
         """One batch through its collator, ours' mismatched responses included."""

@@ -97,6 +97,19 @@ def test_trls_step_has_our_loss_and_our_gradient(tmp_path, name):
     assert mine != pytest.approx({"kto": 0.5, "dpo": 0.6931472}[case.kind], rel=1e-4), "policy and reference are apart"
 
 
+@pytest.mark.parametrize("name", ["kto-8-8-bf16", "dpo-8-8-bf16"])
+def test_trls_policy_and_reference_compute_in_bf16_where_ours_do(tmp_path, name):
+    pytest.importorskip("trl")
+    case, seen = bench.Case.named(name, size=TINY, tokens=64), []
+    bench.make_models(tmp_path, case)
+    ours = bench.Ours(case, tmp_path, 1, "cpu").cache()
+    theirs = bench.Theirs(case, tmp_path, bench.records_of(ours.units), "cpu")
+    for net in (theirs.trainer.model, theirs.trainer.ref_model):
+        net.transformer.h[0].mlp.c_fc.register_forward_hook(lambda module, args, out: seen.append(out.dtype))
+    theirs.step(ours, ours.batches[0], False)
+    assert seen == [torch.bfloat16] * {"kto": 4, "dpo": 2}[case.kind]                                # y, and for KTO y', by both
+
+
 def test_both_sides_read_the_same_tokens():
     units = bench.make_units(bench.Case.named("dpo-8-8"), 5)
     found, _ = data.encode([data.parse(r)[1][0] for r in bench.records_of(units)], data.Tokenizer(bench.word_tokenizer(512)))

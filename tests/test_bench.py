@@ -1,5 +1,6 @@
 """bench.py: the formulas against counting, the ratios on planted times, and a tiny case from end to end."""
 import json
+import re
 import shutil
 import sys
 from types import SimpleNamespace
@@ -160,6 +161,19 @@ def test_what_a_step_costs_is_more_than_its_floor_for_a_single_example_too(kind)
 def test_a_misspelt_case_ends_in_one_line_before_anything_is_measured(tmp_path, name):
     with pytest.raises(SystemExit, match=f"^{name}: no such case; e.g. kto-64-64"):
         bench.main(["kto-64-64", name, "--out", str(tmp_path / "x")])
+
+
+@pytest.mark.parametrize("spread, said", [(0.02, False), (0.3, True)])
+def test_a_busy_machine_is_seen_and_said(monkeypatch, tmp_path, capsys, spread, said):
+    monkeypatch.setattr(bench, "measure_step", lambda *how: {"spread": spread})
+    bench.bench(["kto-8-8"], "cpu", True, tmp_path / "bench.jsonl", size=TINY)
+    assert ("a busy machine: one and the same matmul took up to 30% more" in capsys.readouterr().out) == said
+
+
+def test_the_readmes_cases_are_cases():
+    names = [w for command in re.findall(r"`python bench.py ([^`]*)`", (bench.RESULTS.parent / "README.md").read_text()) for w in command.split("--")[0].split()]
+    assert len(names) >= 7 and all(bench.Case.named(n) for n in names if n != "scaling")
+    assert bench.Case.named("kto-512-512-8b-bf16-lora").lora == 16 and bench.Case.named("memory-kto-256-256-124m-bf16-compile").compile
 
 
 def test_more_data_costs_the_same_per_row():

@@ -7,11 +7,13 @@ Every case prints a row and appends a line to results/bench.jsonl. A case is nam
     score-64-64           the reference pass and evaluation: log-probs of y and of y' without gradient
     epoch-kto             one epoch from text to trained weights: loading, tokenising and reference pass included
     generate              16 prompts, temperature 1: beside transformers' generate and beside no cache
+    memory-kto-256-256-50k  peak of two steps on rows of equal lengths, each variant in a process of its own, in MB above what it had imported
+    kto-512-512-8b-bf16-lora-checkpoint-compile   Llama-3-8B's shape; rank 16; recomputed activations; torch.compile: words for a GPU, any of them
 
 Policy and reference are random; TRL loads the same weights and gets the same rows and mismatched pairs, with gradient checkpointing off. Variants
 take turns batch by batch in one process, and a ratio is the median of the ratios per batch. Time is CPU time (CUDA events on a GPU), which other
 processes disturb less; how much they still do is the `spread` of one matmul, repeated all along. That matmul is also the peak of `of limit`: FLOPs
-that the step cannot do without / (peak * seconds). On a GPU: python bench.py kto-256-256-124m-bf16 --tokens 16384
+that the step cannot do without / (peak * seconds). On a GPU: python bench.py kto-256-256-124m-bf16-compile --tokens 16384 --micro 32
 """
 
 import argparse
@@ -43,7 +45,7 @@ os.environ.update(HF_HUB_OFFLINE="1", TRANSFORMERS_VERBOSITY="error", TOKENIZERS
 RESULTS = Path(__file__).parent / "results"
 FULL = [f"{kind}-{shape}" for kind in ("kto", "dpo") for shape in ("64-64", "256-64", "64-256", "256-256")] + [
     "kto-64-64-bf16", "dpo-64-64-bf16", "kto-64-64-50k", "kto-64-64-50k-bf16", "kto-256-256-50k", "dpo-64-64-50k", "kto-64-64-llama", "dpo-64-64-llama",
-    "score-64-64", "score-64-64-50k", "generate", "epoch-kto", "epoch-dpo"]
+    "score-64-64", "score-64-64-50k", "generate", "epoch-kto", "epoch-dpo", "memory-kto-256-256-50k"]
 QUICK = ["kto-64-64", "dpo-64-64", "generate"]
 
 
@@ -135,7 +137,8 @@ def spread(seconds):
 
 @dataclass
 class Case:
-    what: str = "step"                            # step, score, epoch or generate
+    name: str = ""
+    what: str = "step"                            # step, score, epoch, generate or memory
     kind: str = "kto"                             # kto or dpo
     prompt: int = 64                              # mean tokens
     response: int = 64
@@ -143,18 +146,27 @@ class Case:
     vocab: int = 512
     dtype: str = "fp32"
     llama: bool = False
+    big: bool = False                             # 8B: Llama-3's MLP and shared keys, bf16 on disk, no second model anywhere, no TRL
+    lora: int = 0
+    checkpoint: bool = False
+    compile: bool = False
     tokens: int = 2048                            # of (x, y) per step, about
+    micro: int = 0                                # rows per forward; 0: as many as fit the policy's token budget
     sigma: float = 0.5                            # of the log of the lengths
+    new: int = 64                                 # tokens generated
 
-    WORDS = {"score": {"what": "score"}, "epoch": {"what": "epoch"}, "generate": {"what": "generate"}, "kto": {}, "dpo": {"kind": "dpo"},
-             "50k": {"vocab": 50257}, "bf16": {"dtype": "bf16"}, "llama": {"llama": True}, "124m": {"size": (12, 12, 768), "vocab": 50257}}
+    WORDS = {"kto": {}, "dpo": {"kind": "dpo"}, **{what: {"what": what} for what in ("score", "epoch", "generate", "memory")},
+             "50k": {"vocab": 50257}, "bf16": {"dtype": "bf16"}, "llama": {"llama": True}, "124m": {"size": (12, 12, 768), "vocab": 50257},
+             "8b": {"llama": True, "big": True, "size": (32, 32, 4096), "vocab": 128256},
+             "lora": {"lora": 16}, "checkpoint": {"checkpoint": True}, "compile": {"compile": True}}
 
     @classmethod
     def named(cls, name, **more):
         words, lengths = [w for w in name.split("-") if not w.isdigit()], [int(w) for w in name.split("-") if w.isdigit()]
-        if words[:1] not in (["kto"], ["dpo"], ["score"], ["epoch"], ["generate"]) or not set(words) <= set(cls.WORDS) or len(lengths) not in (0, 2) or 0 in lengths:
+        wrong = words[:1] not in (["kto"], ["dpo"], ["score"], ["epoch"], ["generate"], ["memory"]) or not set(words) <= set(cls.WORDS)
+        if wrong or len(lengths) not in (0, 2) or 0 in lengths or "lora" in words and not {"llama", "8b"} & set(words):
             raise SystemExit(f"{name}: no such case; e.g. {', '.join(FULL)}, scaling")
-        return cls(**{k: v for w in words for k, v in cls.WORDS[w].items()} | dict(zip(("prompt", "response"), lengths)) | more)
+        return cls(name, **{k: v for w in words for k, v in cls.WORDS[w].items()} | dict(zip(("prompt", "response"), lengths)) | more)
 
     @property
     def batch_size(self):
@@ -163,15 +175,18 @@ class Case:
         return max(1, rows // 2) if self.kind == "dpo" else max(2, rows)
 
 
-def make_models(folder, case):
+def make_models(folder, case, device="cpu"):
     """folder/policy and folder/ref: random weights, and the same with noise on them; so the policy has the flatter distribution and z0 is above 0."""
     torch.manual_seed(0)
     layers, heads, d = case.size
     if case.llama:
-        from transformers import LlamaConfig, LlamaForCausalLM
-        c = LlamaConfig(vocab_size=case.vocab, hidden_size=d, num_hidden_layers=layers, num_attention_heads=heads, intermediate_size=4 * d,
-                        max_position_embeddings=4096, tie_word_embeddings=True)
-        LlamaForCausalLM(c).save_pretrained(folder / "policy")
+        from transformers import AutoModelForCausalLM, LlamaConfig
+        c = LlamaConfig(vocab_size=case.vocab, hidden_size=d, num_hidden_layers=layers, num_attention_heads=heads, intermediate_size=7 * d // 2 if case.big else 4 * d,
+                        num_key_value_heads=heads // 4 if case.big else heads, max_position_embeddings=4096, tie_word_embeddings=not case.big)
+        with torch.device(device):                                                  # 8e9 random numbers take a CPU minutes
+            AutoModelForCausalLM.from_config(c, dtype=torch.bfloat16 if case.big else torch.float32).save_pretrained(folder / "policy")
+        if case.big:
+            return (folder / "ref").symlink_to("policy")
     else:
         model.GPT(model.GPTConfig(case.vocab, 4096, layers, heads, d, bias=True)).save(folder / "policy", eot=case.vocab - 1)
     other = model.load_policy(folder / "policy")
@@ -204,9 +219,10 @@ class Alone(train.Group):
 class Ours:
     """nanoKTO's step on the batches of a case. Models are loaded when they are first needed."""
 
-    def __init__(self, case, folder, n_batches, device, *, micro=0, group=None):
+    def __init__(self, case, folder, n_batches, device, *, group=None):
         self.case, self.folder, size = case, folder, case.batch_size
-        self.cfg = train.Config(loss=case.kind, ref=str(folder / "ref"), batch_size=size, micro_batch_size=micro, steps=n_batches, lr=1e-6, dtype=case.dtype, max_len=4096)
+        self.cfg = train.Config(loss=case.kind, ref=str(folder / "ref"), batch_size=size, micro_batch_size=case.micro, steps=n_batches, lr=1e-6, dtype=case.dtype, max_len=4096,
+                                lora=case.lora, compile=case.compile)
         self.group, self.units = group or Alone(device=torch.device(device)), make_units(case, size * n_batches)
         loss, hyper, z0 = (dpo_variants.dpo_loss, {"beta": 0.1}, None) if case.kind == "dpo" else (
             kto.kto_loss, {"beta": 0.1, "lambda_d": 1.0, "lambda_u": 1.0}, "estimate")
@@ -216,7 +232,10 @@ class Ours:
 
     @cached_property
     def policy(self):
-        return model.load_policy(self.folder / "policy", device=self.group.device)
+        policy = train.load(str(self.folder / "policy"), self.cfg, self.group, lora=self.case.lora)
+        if self.case.checkpoint:
+            policy.checkpoint_activations()
+        return policy
 
     @cached_property
     def optimizer(self):
@@ -226,6 +245,13 @@ class Ours:
         """The reference's log-probs of all batches, once; TRL's precomputed variant is given the same numbers."""
         for b in self.batches:
             self.reference.matched(b), self.task.needs_partners and self.reference.mismatched(b)
+        return self
+
+    def made_up(self):
+        """The log-probs of a reference that finds all tokens equally likely: for the steps alone, without its pass."""
+        uniform = lambda units: torch.tensor([[-np.log(self.case.vocab) * len(row.response) for row in u] for u in units], dtype=torch.float64)          # noqa: E731
+        self.reference.matched_table = uniform(self.units)
+        self.reference.mismatched_tables[0] = uniform(u for b in self.batches for u in self.pairs(b)).flatten()
         return self
 
     def step(self, batch, **how):
@@ -241,7 +267,8 @@ class Ours:
 
     def floor(self, batch):
         shape, units = shape_of(self.policy), [self.units[i] for i in batch.rows]
-        return (1 if self.case.what == "score" else 3) * pass_flops(units, **shape) + beside_flops(self.pairs(batch), **shape)
+        passes = 1 if self.case.what == "score" else 2 if self.case.lora else 3                  # frozen weights need no gradient
+        return passes * pass_flops(units, **shape) + beside_flops(self.pairs(batch), **shape)
 
     def tokens(self, batch):
         rows = [row for i in batch.rows for row in self.units[i]]
@@ -298,7 +325,8 @@ class Theirs:
         self.trainer = trainer(model=load("policy"), ref_model=None if cached else load("ref"), args=args, train_dataset=Dataset.from_list(records),
                                processing_class=word_tokenizer(case.vocab))
         self.trainer.remove_callback(PrinterCallback)                                  # no lines in the middle of a table
-        self.model, self.case, self.trainer.current_gradient_accumulation_steps = self.trainer.model, case, 1
+        self.model = self.trainer.accelerator.prepare_model(self.trainer.model)        # as its train() does: bf16 is an autocast around the model's forward
+        self.case, self.trainer.current_gradient_accumulation_steps = case, 1
 
     def inputs(self, ours, batch, cached):
         """One batch through its collator, ours' mismatched responses included."""
@@ -344,7 +372,8 @@ def apart(ours, theirs, batch):
 
 def measure_step(case, device, repeats, with_trl, folder):
     """A step (or a scoring pass) of nanoKTO, of TRL with the reference beside it, and of TRL with precomputed log-probs."""
-    ours, matmuls, row = Ours(case, folder, repeats + 1, device).cache(), [], {}
+    ours, matmuls, row = Ours(case, folder, repeats + 1, device), [], {}
+    ours.made_up() if case.big else ours.cache()
     theirs = Theirs(case, folder, records_of(ours.units[:8]), device) if with_trl else None
     variants = {"nanokto": ours.score if case.what == "score" else ours.step, "peak": lambda batch: matmuls.append(matmul_seconds(case, device))}
     if theirs and case.what == "score":
@@ -364,9 +393,16 @@ def measure_step(case, device, repeats, with_trl, folder):
                   **{f"vs_{n}": ratio(times[n], mine) for n in ("online", "cached") if n in times}}
 
 
-def peak_memory(name, side, folder, device, tokens):
+def measure_memory(case, device, repeats, with_trl, folder):
+    """MB at most, of each variant; nothing is timed."""
+    sides = ("nanokto", "micro-batches", *(("TRL online", "TRL cached") if with_trl else ()))
+    return {"rows": case.batch_size, "peak_mb": {side: peak_memory(case, side, folder, device) for side in sides}}
+
+
+def peak_memory(case, side, folder, device):
     """MB above import that two steps on rows of equal lengths take, in a process of its own; or "out of memory"."""
-    done = subprocess.run([sys.executable, __file__, name, "--peak", side, "--folder", str(folder), "--device", device, "--tokens", str(tokens)], capture_output=True, text=True)
+    done = subprocess.run([sys.executable, __file__, case.name, "--peak", side, "--folder", str(folder), "--device", device, "--tokens", str(case.tokens),
+                           "--micro", str(1 if side == "micro-batches" else case.micro)], capture_output=True, text=True)
     if done.returncode not in (0, -9):                                                                  # -9: the system killed it
         raise RuntimeError(done.stderr[-2000:])
     words = done.stdout.split()
@@ -379,9 +415,7 @@ def print_peak(case, side, folder, device):
         import trl.trainer.dpo_trainer, trl.trainer.kto_trainer                                         # noqa: E401, F401
     import transformers.models.gpt2.modeling_gpt2                                                       # noqa: F401
     before, cached = peak_rss(), side == "TRL cached"
-    ours = Ours(case, folder, 2, device, micro=1 if side == "micro-batches" else 0)
-    made_up = torch.full((len(ours.units), 2), -300.0, dtype=torch.float64)                             # the steps alone: no reference pass
-    ours.reference.matched_table, ours.reference.mismatched_table, ours.reference.epoch = made_up[:, :len(ours.units[0])], made_up[:, 0], 0
+    ours = Ours(case, folder, 2, device).made_up()
     try:
         theirs = Theirs(case, folder, records_of(ours.units[:2]), device, cached=cached) if side.startswith("TRL") else None
         for batch in ours.batches:
@@ -422,11 +456,11 @@ def measure_epoch(case, device, repeats, with_trl, folder, n=64):
             "seconds": {k: float(np.median(v)) for k, v in times.items() if v and k != "peak"}, "note": f"{n} rows, {n // case.batch_size} steps"}
 
 
-def measure_generate(case, device, repeats, new, folder):
+def measure_generate(case, device, repeats, with_trl, folder):
     """New tokens per second at temperature 1: our cache, transformers' generate (left-padded), and the whole row again for every token."""
     from transformers import AutoModelForCausalLM
     prompts = [u[0].ids[:u[0].n_prompt].tolist() for u in make_units(case, case.batch_size)]
-    policy, matmuls = model.load_policy(folder / "policy", device=device), []
+    policy, matmuls, new = model.load_policy(folder / "policy", device=device), [], case.new
     hf = model.HFPolicy(AutoModelForCausalLM.from_pretrained(folder / "policy", dtype=torch.float32).to(device))
     hf.lm.generation_config.min_new_tokens = new                                                        # rows do not end early; ours cannot: eot -1
 
@@ -451,15 +485,21 @@ def measure_generate(case, device, repeats, new, folder):
 
 # --- scaling: cost per token against what the arithmetic says ---------------------------------------------------------------
 
-def step_cost(length, rows, vocab=512, device="cpu", group=None, repeats=3):
-    """(seconds, unavoidable FLOPs) per token of (x, y) of a KTO step of a small model; prompt and response half the length each."""
-    case = Case(prompt=length // 2, response=length // 2, tokens=length * rows, vocab=vocab, size=(2, 4, 128), sigma=0.0)
+def step_cost(length, examples, vocab=512, device="cpu", group=None, kind="kto"):
+    """(seconds, unavoidable FLOPs) per token of a step of a small model, prompt and response half the length each: the fastest of 3 steps or more,
+    all being alike."""
+    case = Case(kind=kind, prompt=length // 2, response=length // 2, tokens=length * examples * (2 if kind == "dpo" else 1), vocab=vocab, size=(2, 4, 128), sigma=0.0)
     with tempfile.TemporaryDirectory() as folder:
         make_models(Path(folder), case)
-        ours = Ours(case, Path(folder), repeats + 1, device, group=group).cache()
+        ours = Ours(case, Path(folder), 1 + min(20, max(3, 2**14 // case.tokens)), device, group=group).cache()
         seconds = alternate({"nanokto": ours.step}, ours.batches, lambda f: clock(f, device))["nanokto"]
-    tokens = [ours.tokens(b)[0] for b in ours.batches[1:]]
-    return float(np.median(np.array(seconds) / tokens)), float(np.median([ours.floor(b) / t for b, t in zip(ours.batches[1:], tokens)]))
+    tokens = ours.tokens(ours.batches[0])[0]
+    return min(seconds) / tokens, ours.floor(ours.batches[0]) / tokens
+
+
+def ideal(seconds, floor):
+    """What would be measured everywhere if the hardware were used as well as where it is used best: in the shape of the floor, nowhere above `seconds`."""
+    return floor * (seconds / floor).min()
 
 
 def data_cost(n):
@@ -490,8 +530,8 @@ def rank_cost():
 def scaling(device, quick, out):
     """results/scaling.png: five panels, the line of the ideal in each; a line of each in `out`."""
     most = 4 if quick else 99
-    panels = {"tokens per row": ([64, 128, 256, 512, 1024, 2048, 4096], lambda n: step_cost(n, max(2, 4096 // n), device=device)),
-              "rows per batch": ([2, 4, 8, 16, 32, 64, 128, 256, 512], lambda n: step_cost(64, n, device=device)),
+    panels = {"tokens per row (KTO)": ([64, 128, 256, 512, 1024, 2048, 4096], lambda n: step_cost(n, max(2, 4096 // n), device=device)),
+              "pairs per batch (DPO)": ([1, 2, 4, 8, 16, 32, 64, 128, 256, 512], lambda n: step_cost(64, n, device=device, kind="dpo")),           # z0 needs 2 rows
               "vocabulary": ([512, 1024, 2048, 4096, 8192, 16384, 32768, 50257], lambda n: step_cost(128, 16, n, device)),
               "rows of data": ([10**3, 10**4, 10**5, 10**6], data_cost),
               "processes": ([1, 2, 4], lambda n: (float(subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(n),
@@ -504,9 +544,8 @@ def scaling(device, quick, out):
         sizes, per = sizes[:most], "row" if name == "rows of data" else "token"
         seconds, floor = (np.array(c) for c in zip(*map(cost, sizes)))
         note = f"{floor[-1]:.0f} bytes per row" if per == "row" else ""
-        ideal = np.ones(len(sizes)) if per == "row" else floor / floor[-1]                    # the shape that the FLOPs say, through the last point
         axis.loglog(sizes, 1e6 * seconds, "o-", label="measured")
-        axis.loglog(sizes, 1e6 * seconds[-1] * ideal, "--", color="grey", label="ideal")
+        axis.loglog(sizes, 1e6 * ideal(seconds, np.ones(len(sizes)) if per == "row" else floor), "--", color="grey", label="ideal")
         axis.set(xlabel=name, ylabel=f"microseconds of CPU time per {per}", title=note, ylim=(1e6 * seconds.min() / 3, 1e6 * seconds.max() * 3))
         axis.legend(frameon=False)
         print(f"{name:<16}" + "  ".join(f"{n:,}: {1e6 * s:,.0f} us" for n, s in zip(sizes, seconds)) + f"  per {per}  {note}", flush=True)
@@ -546,6 +585,7 @@ def append(out, name, row, device):
 def bench(names, device, quick, out, *, repeats=None, **of_case):
     """Measure each case, print its row, append its line to `out`. A case out of memory is a row that says so, and the others go on."""
     missing, spreads = trl_missing(), [0.0]
+    measure = {"step": measure_step, "score": measure_step, "epoch": measure_epoch, "generate": measure_generate, "memory": measure_memory}
     if missing:
         print(missing)
     print("".join(c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(COLUMNS)))
@@ -553,19 +593,14 @@ def bench(names, device, quick, out, *, repeats=None, **of_case):
         case, times = Case.named(name, **of_case), repeats or (2 if quick else 5)
         with tempfile.TemporaryDirectory() as folder:
             try:
-                make_models(Path(folder), case)
-                if case.what == "generate":
-                    row = measure_generate(case, device, times, 8 if quick else 64, Path(folder))
-                else:
-                    row = (measure_epoch if case.what == "epoch" else measure_step)(case, device, times, not missing, Path(folder))
-                if case.what == "step" and not quick:
-                    row["peak_mb"] = {side: peak_memory(name, side, folder, device, case.tokens) for side in ("nanokto", "micro-batches", "TRL online", "TRL cached")
-                                      if not missing or "TRL" not in side}
+                make_models(Path(folder), case, device)
+                row = measure[case.what](case, device, times, not (missing or case.big or case.lora), Path(folder))
             except (RuntimeError, MemoryError) as e:
                 if not out_of_memory(e):
                     raise
                 row = {"note": "out of memory"}
         print(line(name, row), flush=True)
+        torch.cuda.empty_cache()                                                         # the next case, and its other processes, need the room
         spreads.append(row.get("spread", 0.0))
         append(out, name, row, device)
     if max(spreads) > 0.1:
@@ -580,6 +615,7 @@ def main(argv=None):
     p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     p.add_argument("--threads", type=int, default=1)
     p.add_argument("--tokens", type=int, help="of prompts and responses per step (default 2048; --quick 1024)")
+    p.add_argument("--micro", type=int, default=0, help="rows per forward (default: as many as fit 8192 tokens)")
     p.add_argument("--repeats", type=int, help="batches per variant (default 5; --quick 2)")
     p.add_argument("--out", default=str(RESULTS / "bench.jsonl"))
     p.add_argument("--peak", help=argparse.SUPPRESS)
@@ -589,7 +625,7 @@ def main(argv=None):
     warnings.filterwarnings("ignore")                                                # others' deprecations, in the middle of a table
     torch.set_num_threads(a.threads)
     if a.peak:
-        return print_peak(Case.named(a.cases[0], sigma=0.0, tokens=a.tokens), a.peak, a.folder, a.device)
+        return print_peak(Case.named(a.cases[0], sigma=0.0, tokens=a.tokens, micro=a.micro), a.peak, a.folder, a.device)
     if a.rank:
         return rank_cost()
     names = a.cases or (QUICK if a.quick else FULL)
@@ -597,7 +633,7 @@ def main(argv=None):
     for name in cases:
         Case.named(name)                                                             # a misspelt one is an error before anything is measured
     if cases:
-        bench(cases, a.device, a.quick, Path(a.out), repeats=a.repeats, tokens=a.tokens or (1024 if a.quick else 2048))
+        bench(cases, a.device, a.quick, Path(a.out), repeats=a.repeats, micro=a.micro, new=8 if a.quick else 64, tokens=a.tokens or (1024 if a.quick else 2048))
     if len(cases) < len(names):
         scaling(a.device, a.quick, Path(a.out))
 

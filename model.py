@@ -52,18 +52,18 @@ def token_logps(logits, ids, mask):
     return torch.where(mask > 0, logps * mask, torch.zeros_like(logps))        # where: a masked -inf must not become NaN
 
 
-def head_log_probs(hidden, weight, targets, extra=None, *, chunk_elements=None):
+def head_log_probs(hidden, weight, targets, extra=None, *, chunk_elements=None, log_probs=log_probs):
     """Log-probs of the targets under hidden @ weight.T, without ever holding (M, V) logits.   (M, d), (V, d), (M,) -> (M,)"""
-    return chunked_log_probs(hidden, lambda h: F.linear(h, weight), weight.shape[0], targets, extra, chunk_elements=chunk_elements)
+    return chunked_log_probs(hidden, lambda h: F.linear(h, weight), weight.shape[0], targets, extra, chunk_elements=chunk_elements, log_probs=log_probs)
 
 
-def chunked_log_probs(hidden, head, vocab_size, targets, extra=None, *, chunk_elements=None):
+def chunked_log_probs(hidden, head, vocab_size, targets, extra=None, *, chunk_elements=None, log_probs=log_probs):
     """Log-probs of the targets under head(hidden), chunk by chunk.   (M, d), (m, d) -> (m, V), V, (M,) -> (M,)
 
     Chunks of positions, recomputed in backward: at V = 50257 the logits of 2,000 tokens and their gradient would be 800 MB.
     `chunk_elements`: logits of a chunk at most, 2^23 on a CPU, 2^26 on a GPU, where few rows would leave it idle.
     `extra(logits, targets, rows)` -> (k, m) may measure more on a chunk, `rows` being its slice of the M positions; the
-    result is then (1 + k, M).
+    result is then (1 + k, M). `log_probs`: the function of that name, or it compiled.
     """
     def of(h, y, start):
         logits = head(h)
@@ -144,8 +144,13 @@ class Block(nn.Module):
                                   "c_proj": nn.Linear(4 * c.d_model, c.d_model, bias=c.bias)})
 
     def forward(self, x, attend):
-        q, k, v = (t.unflatten(1, (self.n_head, -1)) for t in self.attn.c_attn(self.ln_1(x)).chunk(3, dim=1))
-        x = x + self.attn.c_proj(attend(q, k, v).flatten(1))
+        return self.after(x, attend(*self.before(x)))
+
+    def before(self, x):
+        return [t.unflatten(1, (self.n_head, -1)) for t in self.attn.c_attn(self.ln_1(x)).chunk(3, dim=1)]
+
+    def after(self, x, attended):
+        x = x + self.attn.c_proj(attended.flatten(1))
         return x + self.mlp.c_proj(F.gelu(self.mlp.c_fc(self.ln_2(x)), approximate="tanh"))
 
 
@@ -153,6 +158,7 @@ class GPT(nn.Module):
     flat = True                                                                             # takes flat rows as they are
     shares_prompts = True                                                                   # ... and computes a prompt once for several responses
     token_budget = 8192                                                                     # tokens of a forward, by default
+    log_probs = staticmethod(log_probs)
 
     def __init__(self, config):
         super().__init__()
@@ -184,11 +190,17 @@ class GPT(nn.Module):
     def forward(self, ids, positions, lengths, predict=None, targets=None, extra=None):
         """Logits (M, V) at the `predict` positions (at all, if None); with `targets`, their log-probs (M,) instead."""
         x = self.hidden(ids, positions, lengths, slice(None) if predict is None else predict)
-        return self.head(x) if targets is None else head_log_probs(x, self.wte.weight, targets, extra)
+        return self.head(x) if targets is None else head_log_probs(x, self.wte.weight, targets, extra, log_probs=self.log_probs)
 
     def checkpoint_activations(self):
         """Keep only the input of each block and recompute the rest in backward: a third more work, 5 to 15 times less memory."""
         recompute_in_backward(self.blocks("checkpoint_activations"))
+
+    def compile_layers(self):
+        """Kernels fused by torch.compile, for any number of tokens. Attention, which looks at lengths, stays outside: it would be compiled anew for every batch."""
+        self.log_probs = compiled(log_probs)
+        for block in self.h:
+            block.before, block.after = compiled(block.before), compiled(block.after)
 
     def blocks(self, flag):
         """The layers, each of which is recomputed (or sharded) as one."""
@@ -210,13 +222,13 @@ class GPT(nn.Module):
             return torch.cat([attend_after(q, k, v, x_k[:, :, :p], x_v[:, :, :p]) for q, k, v, x_k, x_v, p in zip(*apart, prompts)], 2)[0].transpose(0, 1)
 
         x = self.trunk(flat.ids, flat.positions, first)
-        logps = head_log_probs(x[flat.predict], self.wte.weight, flat.targets)
+        logps = head_log_probs(x[flat.predict], self.wte.weight, flat.targets, log_probs=self.log_probs)
         with torch.no_grad():
             new = [n - p for n, p in zip(other.lengths, prompts)]
             here, there = (f.positions < torch.tensor(prompts).repeat_interleave(torch.tensor(f.lengths)).to(x.device) for f in (flat, other))
             hidden = x.new_empty(len(other.ids), x.shape[1])
             hidden[there], hidden[~there] = x[here], self.trunk(other.ids[~there], other.positions[~there], second)
-            return logps, head_log_probs(hidden[other.predict], self.wte.weight, other.targets)
+            return logps, head_log_probs(hidden[other.predict], self.wte.weight, other.targets, log_probs=self.log_probs)
 
     @torch.no_grad()
     def generate(self, prompts, *, eot, max_new_tokens, temperature=1.0, top_p=1.0, seed=0, rows=512, room=None, numbers=None):
@@ -312,6 +324,11 @@ def recompute_in_backward(blocks):
         block.forward = partial(checkpoint, block.forward, use_reentrant=False)
 
 
+def compiled(f):
+    """Once for any number of tokens, not once for each."""
+    return torch.compile(f, dynamic=True)
+
+
 class _Cache:
     """Keys and values of every layer, (layer, key or value, row, head, position, d): row i's tokens are at 0 .. used[i] - 1."""
 
@@ -387,6 +404,7 @@ class HFPolicy(nn.Module):
     """
 
     shares_prompts = False
+    log_probs = staticmethod(log_probs)
 
     def __init__(self, lm, *, lora=0, seed=0):
         super().__init__()
@@ -507,7 +525,7 @@ class HFPolicy(nn.Module):
 
     def forward(self, ids, positions, lengths, predict=None, targets=None, extra=None):
         hidden = self.hidden(ids, positions, lengths, slice(None) if predict is None else predict)
-        return self.head(hidden) if targets is None else chunked_log_probs(hidden, self.head, self.vocab_size, targets, extra)
+        return self.head(hidden) if targets is None else chunked_log_probs(hidden, self.head, self.vocab_size, targets, extra, log_probs=self.log_probs)
 
     def reference(self):
         """The policy before training, without a second copy of the weights: the same model with its adapter switched off."""
@@ -518,6 +536,13 @@ class HFPolicy(nn.Module):
     def checkpoint_activations(self):
         """As `GPT.checkpoint_activations`. Not by transformers' own switch, which needs training mode, and that means dropout."""
         recompute_in_backward(self.blocks("checkpoint_activations"))
+
+    def compile_layers(self):
+        """As `GPT.compile_layers`, attention included: transformers' looks at the positions alone."""
+        self.log_probs = compiled(log_probs)
+        for block in self.blocks("compile"):
+            block.forward = compiled(block.forward)
+        self.generate = torch.compiler.set_stance("force_eager")(self.generate)            # a layer's own cache would be compiled layer by layer
 
     def blocks(self, flag):
         from transformers.modeling_layers import GradientCheckpointingLayer

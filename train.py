@@ -129,6 +129,7 @@ class Config:
     lora: int = flag(0, "rank of low-rank adapters, which alone are trained (needs peft); 0: all weights are")
     save: str = flag("merged", "with --lora, model/ is the adapter merged into the weights, or the adapter alone: merged, adapter")
     checkpoint_activations: bool = flag(False, "recompute activations in backward: less memory, a quarter more time")
+    compile: bool = flag(False, "kernels fused by torch.compile: minutes to start, for GPUs")
     fsdp: bool = flag(False, "share weights, gradients and optimiser out over the processes: for models larger than one GPU")
     trust_remote_code: bool = flag(False, "run Python code that comes with --model")
     dtype: str = flag("fp32", "fp32, bf16 (autocast; weights stay fp32, with --lora the frozen ones are bf16) or fp64")
@@ -459,7 +460,10 @@ def load(folder, cfg, group, **how):
     flag = next((name for name in ("model", "init", "ref") if str(getattr(cfg, name)) == str(folder)), "model")          # whose folder it is, for messages
     if cfg.fsdp:
         return load_sharded(folder, cfg, group, dtype=dtype, trust_remote_code=cfg.trust_remote_code, flag=flag)
-    return model.load_policy(folder, device=group.device, dtype=dtype, trust_remote_code=cfg.trust_remote_code, flag=flag, **how)
+    policy = model.load_policy(folder, device=group.device, dtype=dtype, trust_remote_code=cfg.trust_remote_code, flag=flag, **how)
+    if cfg.compile:                                                                                  # the reference too: fused, bf16 rounds elsewhere
+        policy.compile_layers()
+    return policy
 
 
 def mismatched_units(units, batch, cfg):
@@ -1542,7 +1546,7 @@ def reason(e):
 
 # --- the command line -------------------------------------------------------------------------------------------------
 
-MAY_CHANGE = {"resume", "overwrite", "steps", "epochs", "micro_batch_size", "save_every", "eval_every", "log_every", "out", "device", "timeout", "judge", "save", "checkpoint_activations"}
+MAY_CHANGE = {"resume", "overwrite", "steps", "epochs", "micro_batch_size", "save_every", "eval_every", "log_every", "out", "device", "timeout", "judge", "save", "checkpoint_activations", "compile"}
 
 
 class Parser(argparse.ArgumentParser):
@@ -1660,13 +1664,16 @@ def check_settings(cfg, hyper, typed):
         (cfg.fsdp and int(os.environ.get("WORLD_SIZE", 1)) == 1, "--fsdp: shares one model out over processes; start several: torchrun --nproc_per_node N train.py ..."),
         *((cfg.fsdp and clash, f"--fsdp: {why}") for clash, why in (
             (cfg.lora, f"not with --lora {cfg.lora}, whose weights without optimiser fit one GPU; leave one of them out"),
+            (cfg.compile, "not with --compile, which has not been tried on sharded layers"),
             (cfg.eval_every, f"not with --eval_every {cfg.eval_every}: evaluation samples, and that from a whole model; it is done at the end"),
             (REFERENCE_STAYS & set(signature(find_loss(cfg.loss))[0]), f"not with --loss {cfg.loss}, which needs the reference's whole distributions at every step"),
             (hyper.get("z0") == "on_policy", "not with --z0 on_policy, which samples at every step from a whole model; estimate, zero or a number"),
             (hyper.get("slic_target") == "sample", "not with --slic_target sample, which samples from a whole model; chosen or data"),
             (world_only and "stages" in RECIPES[cfg.loss] and RECIPES[cfg.loss]["stages"] == "self-play", f"not with --loss {cfg.loss}, which samples from a whole model"))),
+        (cfg.compile and not any(map(shutil.which, (os.environ.get("CXX", "g++"), "clang++", "cl"))), "--compile: torch.compile needs a C++ compiler (g++ or clang++), and there is none"),
         (cfg.loss == "ppo" and not hyper.get("reward"), "--loss ppo: needs --reward: a folder that --loss rm wrote, or file.py:function(prompts, responses)"),
         (cfg.loss in ACTING and cfg.fsdp, f"--fsdp: not with --loss {cfg.loss}, which samples or scores with whole models"),
+        (cfg.compile and cfg.loss in ACTING, f"--compile: not with --loss {cfg.loss}, whose heads would stay as they are"),
         (cfg.loss == "rm" and (cfg.lora or cfg.eval_every), f"--loss rm: without {'--lora' if cfg.lora else '--eval_every'}; all weights of a reward model are trained, and it writes nothing"),
         (cfg.save == "adapter" and not cfg.lora, "--save adapter: needs --lora RANK"),
         (cfg.judge and not (cfg.data and cfg.eval_data), "--judge: needs --eval_data FILE, whose prompts both models answer (the embedded world has its own judge)"),

@@ -1,7 +1,11 @@
 """bench.py: the formulas against counting, the ratios on planted times, and a tiny case from end to end."""
 import json
+import re
+import shutil
 import sys
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
@@ -72,10 +76,11 @@ def test_a_case_without_memory_is_a_row_that_says_so(monkeypatch, tmp_path, caps
     assert "out of memory" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("name", ["kto-8-8", "dpo-8-8-bf16", "kto-8-8-llama", "score-8-8", "generate", "epoch-kto", "epoch-dpo"])
+@pytest.mark.parametrize("name", ["kto-8-8", "dpo-8-8-bf16", "kto-8-8-llama", "score-8-8", "generate", "epoch-kto", "epoch-dpo",
+                                  "kto-8-8-8b-bf16-checkpoint", "kto-8-8-8b-bf16-lora-checkpoint"])
 def test_a_tiny_case_runs_from_end_to_end_without_trl_and_appends_a_line(monkeypatch, tmp_path, capsys, name):
     monkeypatch.setitem(sys.modules, "trl", None)                                                     # as if it were not installed
-    bench.bench([name], "cpu", True, tmp_path / "bench.jsonl", size=TINY, repeats=1, tokens=64)
+    bench.bench([name], "cpu", True, tmp_path / "bench.jsonl", size=(1, 4, 16) if "8b" in name else TINY, vocab=512, repeats=1, tokens=64, new=4)
     out = capsys.readouterr().out
     assert out.count("pip install trl") == 1 and len(out.splitlines()) <= 4                           # TRL, head, the case, a busy machine
     r, = [json.loads(x) for x in open(tmp_path / "bench.jsonl")]
@@ -97,6 +102,19 @@ def test_trls_step_has_our_loss_and_our_gradient(tmp_path, name):
     assert mine != pytest.approx({"kto": 0.5, "dpo": 0.6931472}[case.kind], rel=1e-4), "policy and reference are apart"
 
 
+@pytest.mark.parametrize("name", ["kto-8-8-bf16", "dpo-8-8-bf16"])
+def test_trls_policy_and_reference_compute_in_bf16_where_ours_do(tmp_path, name):
+    pytest.importorskip("trl")
+    case, seen = bench.Case.named(name, size=TINY, tokens=64), []
+    bench.make_models(tmp_path, case)
+    ours = bench.Ours(case, tmp_path, 1, "cpu").cache()
+    theirs = bench.Theirs(case, tmp_path, bench.records_of(ours.units), "cpu")
+    for net in (theirs.trainer.model, theirs.trainer.ref_model):
+        net.transformer.h[0].mlp.c_fc.register_forward_hook(lambda module, args, out: seen.append(out.dtype))
+    theirs.step(ours, ours.batches[0], False)
+    assert seen == [torch.bfloat16] * {"kto": 4, "dpo": 2}[case.kind]                                # y, and for KTO y', by both
+
+
 def test_both_sides_read_the_same_tokens():
     units = bench.make_units(bench.Case.named("dpo-8-8"), 5)
     found, _ = data.encode([data.parse(r)[1][0] for r in bench.records_of(units)], data.Tokenizer(bench.word_tokenizer(512)))
@@ -104,15 +122,58 @@ def test_both_sides_read_the_same_tokens():
 
 
 def test_peak_memory_is_that_of_a_process_of_its_own(tmp_path):
-    bench.make_models(tmp_path, bench.Case.named("kto-8-8", size=TINY))
-    mb = bench.peak_memory("kto-8-8", "nanokto", tmp_path, "cpu", 64)
-    assert 0 < mb < 500
+    case = bench.Case.named("memory-kto-8-8", size=TINY, tokens=64)
+    bench.make_models(tmp_path, case)
+    shutil.rmtree(tmp_path / "ref")                                                                   # the steps alone: nobody asks for the reference
+    assert 0 < bench.peak_memory(case, "micro-batches", tmp_path, "cpu") < 500
 
 
-@pytest.mark.parametrize("name", ["ppo-64-64", "kto-64-64-100k", "kto-64", "64-64", "kto-0-8"])
+def test_memory_is_measured_of_each_variant_and_trls_only_where_it_is(monkeypatch):
+    monkeypatch.setattr(bench, "peak_memory", lambda case, side, folder, device: "out of memory" if side == "TRL online" else 12.3)
+    row = bench.measure_memory(bench.Case.named("memory-dpo-8-8"), "cpu", 1, True, None)
+    assert bench.line("memory-dpo-8-8", row).endswith("peak MB: nanokto 12, micro-batches 12, TRL online out of memory, TRL cached 12")
+    assert list(bench.measure_memory(bench.Case.named("memory-8-8"), "cpu", 1, False, None)["peak_mb"]) == ["nanokto", "micro-batches"]
+
+
+def test_the_ideal_has_the_floors_shape_and_is_nowhere_above_what_was_measured():
+    seconds, floor = np.array([8.0, 6.0, 9.0]), np.array([1.0, 2.0, 3.0])
+    assert bench.ideal(seconds, floor).tolist() == [3, 6, 9]
+
+
+def test_the_scaling_picture_has_all_its_panels(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(bench, "step_cost", lambda length, examples, *how, **more: (length * 1e-5 + 1e-4 / examples, float(length)))
+    monkeypatch.setattr(bench, "data_cost", lambda n: (1e-5, 900.0))
+    monkeypatch.setattr(bench, "subprocess", SimpleNamespace(run=lambda words, **how: SimpleNamespace(stdout=f"1e-5 {int(words[words.index('--nproc_per_node') + 1])}")))
+    bench.main(["scaling", "--device", "cpu", "--out", str(tmp_path / "bench.jsonl")])
+    rows = {r["case"].removeprefix("scaling: "): r for r in map(json.loads, open(tmp_path / "bench.jsonl"))}
+    ends = {name: (min(r["sizes"]), max(r["sizes"])) for name, r in rows.items()}
+    assert ends == {"tokens per row (KTO)": (64, 4096), "pairs per batch (DPO)": (1, 512), "vocabulary": (512, 50257), "rows of data": (1000, 10**6), "processes": (1, 4)}
+    assert (tmp_path / "scaling.png").stat().st_size > 10_000 and "900 bytes per row" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("kind", ["kto", "dpo"])
+def test_what_a_step_costs_is_more_than_its_floor_for_a_single_example_too(kind):
+    seconds, flops = bench.step_cost(16, 2 if kind == "kto" else 1, kind=kind)
+    assert 0 < seconds < 1 and flops > 6 * 2 * 12 * 128**2 / 2
+
+
+@pytest.mark.parametrize("name", ["ppo-64-64", "kto-64-64-100k", "kto-64", "64-64", "kto-0-8", "kto-64-64-lora"])
 def test_a_misspelt_case_ends_in_one_line_before_anything_is_measured(tmp_path, name):
     with pytest.raises(SystemExit, match=f"^{name}: no such case; e.g. kto-64-64"):
         bench.main(["kto-64-64", name, "--out", str(tmp_path / "x")])
+
+
+@pytest.mark.parametrize("spread, said", [(0.02, False), (0.3, True)])
+def test_a_busy_machine_is_seen_and_said(monkeypatch, tmp_path, capsys, spread, said):
+    monkeypatch.setattr(bench, "measure_step", lambda *how: {"spread": spread})
+    bench.bench(["kto-8-8"], "cpu", True, tmp_path / "bench.jsonl", size=TINY)
+    assert ("a busy machine: one and the same matmul took up to 30% more" in capsys.readouterr().out) == said
+
+
+def test_the_readmes_cases_are_cases():
+    names = [w for command in re.findall(r"`python bench.py ([^`]*)`", (bench.RESULTS.parent / "README.md").read_text()) for w in command.split("--")[0].split()]
+    assert len(names) >= 7 and all(bench.Case.named(n) for n in names if n != "scaling")
+    assert bench.Case.named("kto-512-512-8b-bf16-lora").lora == 16 and bench.Case.named("memory-kto-256-256-124m-bf16-compile").compile
 
 
 def test_more_data_costs_the_same_per_row():

@@ -266,7 +266,7 @@ def test_a_dry_run_shows_each_processs_share_and_writes_nothing(lab, runs):
 
 
 @pytest.mark.parametrize("words, line", [
-    (["--lora", 4], "--lora 4"), (["--eval_every", 5], "--eval_every 5"), (["--z0", "on_policy"], "--z0 on_policy"), (["--loss", "tdpo2"], "--loss tdpo2"),
+    (["--lora", 4], "--lora 4"), (["--compile"], "--compile"), (["--eval_every", 5], "--eval_every 5"), (["--z0", "on_policy"], "--z0 on_policy"), (["--loss", "tdpo2"], "--loss tdpo2"),
     (["--loss", "dpo + 0.1*tdpo1"], "tdpo1"), (["--loss", "slic"], "--slic_target sample"), (["--loss", "spin"], "--loss spin")])
 def test_what_cannot_be_sharded_is_refused_in_one_line(lab, monkeypatch, words, line):
     monkeypatch.setenv("WORLD_SIZE", "2")

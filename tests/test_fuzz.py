@@ -102,7 +102,7 @@ VALUES = {                                                                     #
     "max_grad_norm": ["0", "1", "1e-9"], "seed": ["0", "7", "4294967296", "18446744073709551616"], "lora": ["0", "1"], "save": ["merged", "adapter"], "dtype": ["fp32", "fp64", "bf16"],
     "device": ["cpu", "cuda", "mps", "cpu:0"], "max_len": ["2", "8", "48", "1000000"], "max_prompt_len": ["1", "4", "100"], "threshold": ["0", "0.5", "-1e9"],
     "columns": ["prompt=question", "completion=prompt", "prompt=prompt,label=label", "=", ","], "turns": ["all", "last"], "add_eot": ["true", "false"], "lambda_ratio": ["1", "1.5"],
-    "flip": ["0.1"], "eval_every": ["1"], "save_every": ["1"], "log_every": ["1"], "timeout": ["1"], "checkpoint_activations": [None], "trust_remote_code": [None],
+    "flip": ["0.1"], "eval_every": ["1"], "save_every": ["1"], "log_every": ["1"], "timeout": ["1"], "checkpoint_activations": [None], "compile": ["nope"], "trust_remote_code": [None],
     "beta": ["0.1", "1e6", "1e-6", "1,2"], "tau": ["0.1", "1e-9"], "lambda_d": ["auto", "0", "2", "1e30"], "lambda_u": ["auto", "0", "1"],
     "z0": ["estimate", "zero", "on_policy", "3", "1e300"], "label_smoothing": ["0", "0.1", "0.5", "1"], "lam": ["0", "0.1", "1e9"], "alpha": ["0", "0.5", "1", "-1", "-0.5"], "gamma": ["0.5", "1e9"],
     "delta": ["1"], "a": ["0", "0.6", "1e9"], "clamp": ["inf", "0", "1"], "divergence": ["js", "alpha", "forward_kl"], "nll_weight": ["0", "1"], "slic_target": ["sample", "chosen", "data"],

@@ -1188,6 +1188,39 @@ def test_a_merged_save_after_checkpointing_is_the_policys(folders, tmp_path):
     close(logits_of(load_policy(tmp_path)), logits_of(policy), 2e-4)                 # float32, logits near 10
 
 
+# --- torch.compile ----------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("kind, backend", [("own", "aot_eager"), ("lora", "aot_eager"),
+                                           *(pytest.param(*how, marks=pytest.mark.slow) for how in (("gpt2", "aot_eager"), ("own", "inductor"), ("llama", "inductor")))])
+def test_compiled_layers_give_the_same_numbers_and_are_compiled_once_for_all_layers_and_lengths(folders, monkeypatch, kind, backend):
+    def build():
+        return gpt(vocab_size=64, dtype=torch.float32) if kind == "own" else load_policy(folders["llama" if kind == "lora" else kind], lora=4 if kind == "lora" else 0)
+
+    def both(policy, lengths, seed):
+        """Log-probs of a flat row, of y and of y' on one prompt, and the gradient of their sum."""
+        ids, positions, _ = flat_row(lengths, vocab=64, seed=seed)
+        predict = torch.arange(len(ids) - 1)[positions[1:] > 0]
+        out = [policy(ids, positions, lengths, predict, ids[predict + 1])]
+        if policy.shares_prompts:
+            rows = [data.make_row(part[:2].numpy(), part[2:].numpy()) for part in ids.split(lengths)]
+            out += policy.forward_beside(data.flatten(rows), data.flatten([data.mismatched(a, b, 99) for a, b in zip(rows, rows[::-1])]), [2] * len(rows))
+        return [o.detach() for o in out] + list(torch.autograd.grad(sum(o.sum() for o in out), [p for p in policy.parameters() if p.requires_grad]))
+
+    torch._dynamo.reset()
+    monkeypatch.setattr(model, "compiled", lambda f: torch.compile(f, dynamic=True, backend=backend))
+    plain, policy, graphs = build(), build(), []
+    policy.compile_layers()
+    if kind != "gpt2":
+        policy.checkpoint_activations()                                              # recomputes what is compiled
+    for seed, lengths in enumerate([[5, 3, 7], [4, 9], [3, 3, 8, 6], [11, 4, 5]]):
+        for a, b in zip(both(plain, lengths, seed), both(policy, lengths, seed)):
+            torch.testing.assert_close(b, a, rtol=1e-5, atol=1e-5 * float(a.abs().max()))              # float32, sums in another order
+        graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+    assert 0 < graphs[0] and len(set(graphs)) == 1, graphs
+    how = dict(eot=1, max_new_tokens=6, temperature=0)
+    assert policy.generate(HF_PROMPTS, **how) == plain.generate(HF_PROMPTS, **how)
+
+
 # --- memory -----------------------------------------------------------------------------------------------------------
 
 def test_the_memory_estimate_of_an_8b_model_is_the_one_reasoned_in_perf_md():

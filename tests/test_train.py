@@ -802,6 +802,7 @@ BAD = {
     "adapters of the small GPT": (["--lora", "4"], r"--lora 4: is for Hugging Face models; give --model"),
     "no adapter to save": (["--save", "adapter"], r"--save adapter: needs --lora RANK"),
     "ppo without a reward": (["--loss", "ppo", "--data", "ROWS"], r"--loss ppo: needs --reward: a folder that --loss rm wrote, or file.py:function"),
+    "compiled heads": (["--loss", "rm", "--data", "PAIRS", "--compile"], r"--compile: not with --loss rm"),
     "a reward that is not there": (["--loss", "ppo", "--reward", "nobody.py:f"], r"--reward nobody.py:f: "),
     "a sum of what acts": (["--loss", "ppo + dpo"], r"'ppo' is not NAME or NUMBER\*NAME"),
     "a sharded reward model": (["--loss", "rm", "--lora", "4", "--model", "HALF", "--data", "PAIRS"], r"--loss rm: without --lora"),
@@ -1012,6 +1013,17 @@ def test_recomputed_activations_change_nothing(llama, pairs, tmp_path, loss):
         words[words.index("--data") + 1] = pairs / ("pairs.jsonl" if loss == "tdpo2" else "rows.jsonl")
         run(*words)
     assert largest_difference(weights(tmp_path / "plain"), weights(tmp_path / "checkpointed")) < 1e-10
+
+
+def test_compiled_policy_and_reference_start_equal_and_train_as_plain_ones(lab, tmp_path, monkeypatch):
+    made, once = [], model.GPT.compile_layers
+    monkeypatch.setattr(model, "compiled", lambda f: torch.compile(f, dynamic=True, backend="aot_eager"))
+    monkeypatch.setattr(model.GPT, "compile_layers", lambda policy: made.append(policy) or once(policy))
+    for name, more in (("plain", []), ("compiled", ["--compile"])):
+        run(*flags(lab, tmp_path / name, "--dtype", "fp32", *more))
+    assert len(made) >= 3                                                    # the policy, and its reference for y and for y'
+    for a, b in zip(metrics(tmp_path / "plain"), metrics(tmp_path / "compiled"), strict=True):
+        assert b["loss"] == pytest.approx(a["loss"], rel=1e-5) and b["grad_norm"] == pytest.approx(a["grad_norm"], rel=1e-4)
 
 
 def test_a_judge_named_on_the_command_line_compares_both_models_at_the_end(llama, lab, tmp_path, capsys):

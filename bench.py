@@ -461,8 +461,9 @@ def measure_generate(case, device, repeats, with_trl, folder):
     from transformers import AutoModelForCausalLM
     prompts = [u[0].ids[:u[0].n_prompt].tolist() for u in make_units(case, case.batch_size)]
     policy, matmuls, new = model.load_policy(folder / "policy", device=device), [], case.new
-    hf = model.HFPolicy(AutoModelForCausalLM.from_pretrained(folder / "policy", dtype=torch.float32).to(device))
-    hf.lm.generation_config.min_new_tokens = new                                                        # rows do not end early; ours cannot: eot -1
+    lm, width = AutoModelForCausalLM.from_pretrained(folder / "policy", dtype=torch.float32).to(device).eval(), max(map(len, prompts))
+    padded, on = (torch.tensor([[0] * (width - len(p)) + row(p) for p in prompts], device=device) for row in (list, lambda p: [1] * len(p)))
+    how = dict(do_sample=True, temperature=1.0, top_k=0, top_p=1.0, min_new_tokens=new, max_new_tokens=new, pad_token_id=0)    # rows do not end early; ours cannot: eot -1
 
     @torch.no_grad()
     def no_cache(_):
@@ -475,7 +476,7 @@ def measure_generate(case, device, repeats, with_trl, folder):
                 p.append(t)
 
     times = alternate({"nanokto": lambda _: policy.generate(prompts, eot=-1, max_new_tokens=new), "no_cache": no_cache,
-                       "transformers": lambda _: hf.generate(prompts, eot=case.vocab - 1, max_new_tokens=new),
+                       "transformers": lambda _: lm.generate(padded, attention_mask=on, **how),
                        "peak": lambda _: matmuls.append(matmul_seconds(case, device))}, range(repeats + 1), lambda f: clock(f, device))
     mine = times["nanokto"]
     row = {"tokens_per_second": len(prompts) * new / float(np.median(mine)), "spread": spread(matmuls), "rows": len(prompts),

@@ -615,7 +615,7 @@ def report_world(judge, policy, reference, tokenizer, cfg, seconds, sessions=Fal
     show = max(range(len(prompts)), key=lambda i: scores[i][1] - scores[i][0])
     print(f"""
 What came out, on {r['n']} questions about 24 (device, problem) pairs that no stage has seen:
-  win rate against the reference   {r['win_rate']:.3f} [{low:.3f}, {high:.3f}]   (0.5: no better; the best possible at this KL: {best['win_rate']:.3f})
+  win rate against the reference   {r['win_rate']:.3f} [{low:.3f}, {high:.3f}]   (0.5: no better; the best policy at this KL: {best['win_rate']:.3f})
   true utility per reply           {r['reward']:+.2f} [{u_low:+.2f}, {u_high:+.2f}]   (reference {r['reward_ref']:+.2f}; best at this KL {best['reward']:+.2f}; perfect +3.50)
   KL(policy || reference)          {r['kl']:.2f} nats per reply
   right fix for the right device   {r['right']:.0%}   (reference {r['right_ref']:.0%})
@@ -772,7 +772,7 @@ def summary(runs):
     results = [_result(r) for r in runs]
     if bad := next((run for run, r in zip(runs, results) if "optimum_at_same_kl" not in r), None):
         raise SystemExit(f"{bad}: no evaluation on the embedded world there; the table is for runs without --data")
-    columns = {"win rate": lambda r: r["win_rate"], "best win rate at this KL": lambda r: r["optimum_at_same_kl"]["win_rate"],
+    columns = {"win rate": lambda r: r["win_rate"], "best policy's win rate at this KL": lambda r: r["optimum_at_same_kl"]["win_rate"],
                "true utility": lambda r: r["reward"], "best utility at this KL": lambda r: r["optimum_at_same_kl"]["reward"],
                "KL, nats": lambda r: r["kl"], "malformed": lambda r: r["malformed"], "greedy utility": lambda r: r["reward_greedy"],
                "seconds": lambda r: sum(v for k, v in r["seconds"].items() if k != "align_cpu")}

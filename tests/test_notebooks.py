@@ -33,7 +33,10 @@ def execute(path):
     return stored, fresh
 
 
-@pytest.fixture(scope="module", params=NOTEBOOKS, ids=lambda path: path.stem)
+SLOW = [pytest.mark.slow]                                                  # those that train something, or look at every run; one that does not is always run
+
+
+@pytest.fixture(scope="module", params=[pytest.param(path, marks=SLOW * (path.stem > "03"), id=path.stem) for path in NOTEBOOKS])
 def run(request):
     return execute(request.param)
 

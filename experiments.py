@@ -26,6 +26,7 @@ import random
 import re
 import subprocess
 import sys
+import textwrap
 import time
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from functools import lru_cache
@@ -294,6 +295,13 @@ def curve(ax, r, xs, labels, key, label, colour, marker="o"):
     ax.errorbar(xs, y.mean(1), y.std(1, ddof=1) if y.shape[1] > 1 else None, marker=marker, ms=5, color=colour, capsize=3, label=label)
 
 
+def knob_axis(ax, xs, xlabel):
+    """Its values as they are typed, on a log scale."""
+    ax.set(xscale="log", xlabel=xlabel)
+    ax.set_xticks(xs, [f"{x:g}" for x in xs])
+    ax.minorticks_off()
+
+
 def frontier(ax, kl_max=4.4):
     points = sorted((world.optimum(float(b)) for b in np.geomspace(0.08, 60, 80)), key=lambda p: p.kl)
     ax.plot([p.kl for p in points], [p.utility for p in points], color="#777777", lw=2, label="exact frontier")
@@ -345,8 +353,9 @@ def kto_and_dpo(r, axes):
     for loss, colour, marker in (("kto", BLUE, "o"), ("dpo", ORANGE, "s")):
         curve(axes[0], r, BETAS, [f"{loss} beta {b:g}" for b in BETAS], "win_rate", loss.upper(), colour, marker)
         curve(axes[1], r, RATES, [f"{loss} lr {lr:g}" for lr in RATES], "win_rate", loss.upper(), colour, marker)
-    axes[0].set(xscale="log", xlabel="beta (lr 5e-4)", ylabel="win rate against the reference")
-    axes[1].set(xscale="log", xlabel="learning rate (beta 0.5)", ylabel="win rate against the reference")
+    knob_axis(axes[0], BETAS, "beta (lr 5e-4)")
+    knob_axis(axes[1], RATES, "learning rate (beta 0.5)")
+    axes[0].set_ylabel("win rate against the reference")
     axes[0].legend(frameon=False)
     return [r.more(f"win rate, KTO's best arm ({best['kto']}) - DPO's best ({best['dpo']}) > -0.02", r(best["kto"], "win_rate") - r(best["dpo"], "win_rate"), by=-0.02),
             r.more("win rate, KTO - DPO > -0.02 at beta 0.5, lr 5e-4", r("kto beta 0.5", "win_rate") - r("dpo beta 0.5", "win_rate"), by=-0.02)]
@@ -358,7 +367,8 @@ def beta(r, axes):
     for loss, colour, marker, best in (("kto", BLUE, "o", lambda b: world.kto_optimum(b).kl), ("dpo", ORANGE, "s", lambda b: world.dpo_optimum(b).kl)):
         curve(axes[0], r, BETAS, [f"{loss} beta {b:g}" for b in BETAS], "kl", f"{loss.upper()}, 150 steps", colour, marker)
         axes[0].plot(BETAS, [best(b) for b in BETAS], color=colour, ls="--", lw=1, label=f"{loss.upper()}'s exact optimum")
-    axes[0].set(xscale="log", yscale="log", xlabel="beta", ylabel="KL(policy || reference), nats per reply")
+    knob_axis(axes[0], BETAS, "beta")
+    axes[0].set(yscale="log", ylabel="KL(policy || reference), nats per reply")
     axes[0].legend(frameon=False)
     spread = lambda f: f(0.1).kl / f(2.0).kl                                                                     # noqa: E731
     return [*(r.more(f"log KL of {loss.upper()} at beta 0.1 - at beta 2 > 0", np.log(r(f"{loss} beta 0.1", "kl")) - np.log(r(f"{loss} beta 2", "kl"))) for loss in ("kto", "dpo")),
@@ -371,7 +381,8 @@ def learning_rate(r, axes):
     best = {loss: np.log2([RATES[i] for i in np.argmax([r(f"{loss} lr {lr:g}", "win_rate") for lr in RATES], 0)]) for loss in ("kto", "dpo")}
     for loss, colour, marker in (("kto", BLUE, "o"), ("dpo", ORANGE, "s")):
         curve(axes[0], r, RATES, [f"{loss} lr {lr:g}" for lr in RATES], "win_rate", loss.upper(), colour, marker)
-    axes[0].set(xscale="log", xlabel="learning rate (beta 0.5)", ylabel="win rate against the reference")
+    knob_axis(axes[0], RATES, "learning rate (beta 0.5)")
+    axes[0].set_ylabel("win rate against the reference")
     axes[0].legend(frameon=False)
     x = torch.zeros(2, dtype=torch.float64, requires_grad=True)
     c, rejected = x[:1], x[1:]
@@ -393,7 +404,8 @@ def imbalance(r, axes):
     for name, colour, marker in (("lambda 1", ORANGE, "s"), ("ratio 1.33", BLUE, "o")):
         some = [f"10 % desirable, {name}" + (f", lr {lr:g}" if lr != 5e-4 else "") for lr in (2e-4, 5e-4, 1e-3)]
         curve(axes[1], r, (2e-4, 5e-4, 1e-3), some, "win_rate", f"10 % of the desirable, {name}", colour, marker)
-    axes[1].set(xscale="log", xlabel="learning rate", ylabel="win rate against the reference")
+    knob_axis(axes[1], (2e-4, 5e-4, 1e-3), "learning rate")
+    axes[1].set_ylabel("win rate against the reference")
     axes[1].legend(frameon=False)
     out = []
     for c in ("desirable", "undesirable"):
@@ -442,9 +454,9 @@ def z0_estimate(r, axes):
             axes[0].scatter([run[key][0] for run in runs], [i] * len(runs), color=colour, marker=marker, s=34, label=f"mean over {'mismatched pairs' if key == 'mismatched' else 'own samples'}" if i == 0 else None)
         axes[0].scatter(kl, [i] * len(kl), marker="|", s=160, color=BLACK, lw=2, label="KL" if i == 0 else None)
     axes[0].set_yticks(range(len(r.arms)), [f"policy of\n{x}" for x in r.arms])
-    axes[0].set_ylim(len(r.arms) - 0.5, -0.6)
+    axes[0].set_ylim(len(r.arms) + 0.4, -0.6)
     axes[0].set_xlabel("nats per reply")
-    axes[0].legend(frameon=False, loc="lower left")
+    axes[0].legend(frameon=False, loc="lower center", ncol=2)
     sizes = np.array([8, 16, 32, 64, 128, 256, 512])
     for key, colour, marker in (("mismatched", ORANGE, "s"), ("own", BLUE, "o")):
         sd = np.mean([run[key][1] for run in r.runs("on policy")])
@@ -660,9 +672,8 @@ def ppo_dpo_kto(r, axes):
     axes[0].legend(frameon=False, loc="lower right", fontsize=7)
     for label, colour, marker in zip(r.arms, 2 * COLOURS, "os^Dv*PX<>hp"):
         axes[1].errorbar(r(label, "align_cpu").mean(), r(label, "win_rate").mean(), r(label, "win_rate").std(ddof=1) if len(r.seeds) > 1 else None, color=colour, marker=marker, capsize=3)
-    axes[1].set(xscale="log", xlabel="alignment, CPU seconds (PPO: without its reward model)", ylabel="win rate against the reference")
-    axes[1].set_xticks([20, 50, 100], ["20", "50", "100"])
-    axes[1].minorticks_off()
+    knob_axis(axes[1], (20, 50, 100), "alignment, CPU seconds (PPO: without its reward model)")
+    axes[1].set_ylabel("win rate against the reference")
     best = r.best([x for x in r.arms if x.startswith("PPO, 40")])
     return [r.more(f"win rate, {mine} - {theirs} > 0", r(mine, "win_rate") - r(theirs, "win_rate"))
             for mine, others in ((best, ("DPO, 1600 steps", "KTO, 1600 steps")), ("PPO, 16 steps", ("DPO, 400 steps", "KTO, 400 steps"))) for theirs in others]
@@ -708,7 +719,7 @@ def exact_frontier(r, axes):
         kl, u = (np.array([r(x, k)[0] for x in labels]) for k in ("kl", "reward"))
         colour, marker = shown.get(name, ("#bbbbbb", "."))
         axes[0].plot(kl, u, marker=marker, ms=6 if name in shown else 4, color=colour, lw=1.2 if name in shown else 0.6, zorder=3 if name in shown else 1,
-                     label=name.upper() if name in shown else "the others" if name == names[1] else None)
+                     label={"simpo": "SimPO", "tdpo2": "TDPO2"}.get(name, name.upper()) if name in shown else "the others" if name == names[1] else None)
     for label, points, colour in (("IPO's exact optimum, tau 1 to 0.05", [world.ipo_optimum(t) for t in np.geomspace(1, 0.05, 20)], GREEN),
                                   ("KTO's exact optimum, beta 0.1 to 2", [world.kto_optimum(b) for b in (0.1, 0.5, 1.0, 2.0)], BLUE)):
         axes[0].plot([p.kl for p in points], [p.utility for p in points], ls=":", lw=3, color=colour, label=label, zorder=2)
@@ -754,7 +765,7 @@ def judge(name, store, seeds, folder, quick):
     checks = c.check(runs, axes)
     for ax in axes:
         ax.grid(alpha=0.25)
-    figure.suptitle(c.says, fontsize=11)
+    figure.suptitle(textwrap.fill(c.says, 72 * c.panels), fontsize=11)
     verdicts = [check["verdict"] for check in checks]
     verdict = "does not hold here" if "does not hold here" in verdicts else "undecided" if "undecided" in verdicts else "holds"
     used = [run for label in c.arms for run in runs.runs(label)]

@@ -117,6 +117,7 @@ def test_the_readmes_table_of_claims_is_the_one_in_results():
     assert experiments.claims_table() in (ROOT / "README.md").read_text()
 
 
+@pytest.mark.slow
 def test_every_claim_was_run_in_full_and_its_verdict_follows_from_its_runs(tmp_path):
     """Judged again from results/runs.json: the same checks (to rounding) and verdict; at least 3 seeds, but for what is exact or says one."""
     runs = json.loads((ROOT / "results" / "runs.json").read_text())

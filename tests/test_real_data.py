@@ -41,9 +41,8 @@ def first_step(policy, units, batch, beta, paired):
 @needs_shared
 @pytest.mark.slow
 @pytest.mark.parametrize("loss", ["kto", "dpo"])
-@pytest.mark.parametrize("kind", ["llama", "gpt"])
-@pytest.mark.parametrize("file", FILES)
-def test_the_first_step_is_the_equation_and_the_margin_rises(tmp_path, capsys, file, kind, loss):
+@pytest.mark.parametrize("kind, file", [*(("llama", file) for file in FILES), ("gpt", "llamafactory/dpo_zh_demo.json"), ("gpt", "odpo/imdb-sft-test.jsonl")])
+def test_the_first_step_is_the_equation_and_the_margin_rises(tmp_path, capsys, kind, file, loss):
     how, n = FILES[file]
     path, paired = SHARED / file, loss == "dpo"
     if paired and "kto" in file:

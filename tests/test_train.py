@@ -1097,7 +1097,8 @@ def check_main_job(out, steps):
 
 
 def test_the_readmes_main_command_runs(tmp_path):
-    done = subprocess.run(main_command() + ["--steps", "10", "--out", tmp_path / "kto"], cwd=ROOT, capture_output=True, text=True, timeout=300,
+    """On a base model of a few steps; the whole job is a slow test."""
+    done = subprocess.run(main_command() + ["--pretrain_steps", "20", "--sft_steps", "20", "--steps", "10", "--out", tmp_path / "kto"], cwd=ROOT, capture_output=True, text=True, timeout=300,
                           env={k: v for k, v in os.environ.items() if k != "OMP_NUM_THREADS"})
     assert done.returncode == 0, done.stderr[-3000:]
     check_main_job(tmp_path / "kto", 10)
@@ -1108,21 +1109,27 @@ def test_the_readmes_main_command_runs(tmp_path):
     assert answer.stdout.count("reference") == 3 and answer.stdout.count("policy") == 3, answer.stderr
 
 
-@pytest.mark.slow
-def test_the_readmes_main_command_reaches_its_numbers(tmp_path):
-    """One seed of the three the README reports; the bounds leave two standard errors (0.03; 0.15) below what is promised."""
-    done = subprocess.run(main_command() + ["--out", tmp_path / "kto"], cwd=ROOT, capture_output=True, text=True, timeout=600)
+@pytest.fixture(scope="module")
+def main_job(tmp_path_factory):
+    """The main job's folder, as the README's command leaves it."""
+    out = tmp_path_factory.mktemp("main") / "kto"
+    done = subprocess.run(main_command() + ["--out", out], cwd=ROOT, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr[-3000:]
-    result = check_main_job(tmp_path / "kto", 400)
+    return out
+
+
+@pytest.mark.slow
+def test_the_readmes_main_command_reaches_its_numbers(main_job):
+    """One seed of the three the README reports; the bounds leave two standard errors (0.03; 0.15) below what is promised."""
+    result = check_main_job(main_job, 400)
     assert result["win_rate"] >= 0.81 and result["reward"] >= 1.75 and result["malformed"] <= 0.10
     assert result["reward_greedy"] > result["reward_ref_greedy"] + 1, "greedy decoding shows the effect too"
 
 
 @pytest.mark.slow
-def test_two_processes_reach_the_same_win_rate_in_fp32(tmp_path):
-    for n in (1, 2):
-        done = torchrun(n, "--loss", "kto", "--out", tmp_path / str(n))
-        assert done.returncode == 0, done.stderr[-3000:]
-    one, two = (json.loads((tmp_path / str(n) / "eval.json").read_text()) for n in (1, 2))
+def test_two_processes_reach_the_same_win_rate_in_fp32(main_job):
+    done = torchrun(2, "--loss", "kto", "--out", main_job.parent / "two")
+    assert done.returncode == 0, done.stderr[-3000:]
+    one, two = (json.loads((out / "eval.json").read_text()) for out in (main_job, main_job.parent / "two"))
     assert one["win_rate_ci95"][0] <= two["win_rate"] <= one["win_rate_ci95"][1]
     assert two["win_rate_ci95"][0] <= one["win_rate"] <= two["win_rate_ci95"][1]

@@ -1566,6 +1566,8 @@ def settings(argv):
     Precedence: command line, then world.SETTINGS[loss] (embedded world only), then the loss's signature, then Config.
     """
     argv = [re.sub(r"^--[\w-]+", lambda flag: "--" + flag[0][2:].replace("-", "_"), str(word)) for word in argv]          # --batch-size will do
+    if nothing := next((word for word in argv if re.fullmatch(r"--\w*=--", word)), None):                                   # which argparse makes an empty list of
+        raise SystemExit(f"{nothing[:-3]}: '--' is no value")
     first = Parser()
     first.add_argument("--loss", default="kto")
     loss_name = first.parse_known_args(argv)[0].loss

@@ -811,6 +811,7 @@ BAD = {
     "turns": (["--turns", "first"], r"--turns: 'first': valid are last, all"),
     "segments that are not there": (["--loss", "sdpo_segment", "--data", "PAIRS"], r"pairs.jsonl: line 1: .*segment"),
     "not a flag": (["kto"], r"'kto': expected --name value or --name=value"),
+    "two dashes for a value": (["--warmup=--"], r"--warmup: .--. is no value"),
     "flag without the file it belongs to": (["--threshold", "1"], r"--threshold: needs --data FILE"),
 }
 

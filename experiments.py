@@ -86,9 +86,9 @@ def likes_length(seed, base):
     return rows
 
 
-def own_replies(seed, base, n=N):
+def own_replies(seed, base):
     """Pairs of the reference model's own replies, judged by the same annotator."""
-    prompts, rng = world.eval_prompts("train", n, seed=seed), random.Random(f"own {seed}")
+    prompts, rng = world.eval_prompts("train", N, seed=seed), random.Random(f"own {seed}")
     policy, tokenizer = model.load_policy(base), data.load_tokenizer(base)
     both = [evaluate.replies(policy, tokenizer, prompts, seed=[seed, 11, k])[0] for k in (0, 1)]
     scored = [sorted(((world.utility(p, y) - math.log(rng.expovariate(1.0)), y) for y in ys), reverse=True) for p, *ys in zip(prompts, *both)]
@@ -148,8 +148,7 @@ def command(a, seed, folder, quick):
         flags |= {"steps": 2, "pretrain_steps": 30, "sft_steps": 30} | ({"batch_size": 32} if a.loss == "ppo" else {}) if quick else {}
     else:
         base = base_model(seed, a.start, out, quick)
-        known = {k: v for k, v in (world.SETTINGS.get(like, {}) | world.SETTINGS.get(a.loss, {})).items()}
-        flags = known | COMMON | {"batch_size": 16 if train.is_paired(train.signature(train.find_loss(a.loss))[0]) or a.loss == "spin" else 32} | flags
+        flags = world.SETTINGS.get(like, {}) | world.SETTINGS.get(a.loss, {}) | COMMON | {"batch_size": 16 if train.is_paired(train.signature(train.find_loss(a.loss))[0]) or a.loss == "spin" else 32} | flags
         flags |= {"steps": 4} if quick else {}
         argv += ["--model", base, "--data", rows_file(a.on, seed, base, out, quick)]
     return [str(x) for x in [*argv, *(word for k, v in flags.items() for word in (f"--{k}", v))]]

@@ -24,6 +24,7 @@ answers = texts.filter(lambda s: s.strip())
 
 
 def shared(name):
+    """A real preference file. These are kept out of the repository by rule, so a clone may lack them; every property that is tested with one is tested on made data too."""
     if not (SHARED / name).exists():
         pytest.skip(f"shared data: {SHARED / name} is not here")
     return SHARED / name

@@ -23,6 +23,7 @@ import warnings
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Callable, NamedTuple
 
 import numpy as np
 import torch
@@ -34,13 +35,14 @@ from torch.utils.checkpoint import checkpoint
 
 # --- log-probs --------------------------------------------------------------------------------------------------------
 
-def log_probs(logits, targets):
-    """log softmax(logits)[targets].   (..., V), (...) -> (...)   bf16 and fp16 are widened to float32, nothing is narrowed
+def widened(logits):
+    """float32 at least: in bf16 a log-probability near -9 has steps of 0.06; summed over a response that is noise larger than z0."""
+    return logits.float() if logits.dtype in (torch.bfloat16, torch.float16) else logits
 
-    In bf16 a log-probability near -9 has steps of 0.06: summed over a response that is noise larger than z0.
-    """
-    wide = logits.float() if logits.dtype in (torch.bfloat16, torch.float16) else logits
-    return -F.cross_entropy(wide.flatten(0, -2), targets.flatten(), reduction="none").view(targets.shape)
+
+def log_probs(logits, targets):
+    """log softmax(logits)[targets].   (..., V), (...) -> (...)   bf16 and fp16 are widened to float32, nothing is narrowed"""
+    return -F.cross_entropy(widened(logits).flatten(0, -2), targets.flatten(), reduction="none").view(targets.shape)
 
 
 def token_logps(logits, ids, mask):
@@ -52,15 +54,79 @@ def token_logps(logits, ids, mask):
     return torch.where(mask > 0, logps * mask, torch.zeros_like(logps))        # where: a masked -inf must not become NaN
 
 
-def head_log_probs(hidden, weight, targets, extra=None, *, chunk_elements=None, log_probs=log_probs):
-    """Log-probs of the targets under hidden @ weight.T, without ever holding (M, V) logits.   (M, d), (V, d), (M,) -> (M,)"""
-    return chunked_log_probs(hidden, lambda h: F.linear(h, weight), weight.shape[0], targets, extra, chunk_elements=chunk_elements, log_probs=log_probs)
+def head_log_probs(hidden, weight, targets, extra=None, *, chunk_elements=None, kernels=None):
+    """Log-probs of the targets under hidden @ weight.T, without ever holding (M, V) logits.   (M, d), (V, d), (M,) -> (M,)
+
+    At V = 50257 the logits of 2,000 tokens and their gradient would be 800 MB. `chunk_elements`: logits alive at most, 2^22 on a CPU,
+    where a block of them then stays in the cache, 2^26 on a GPU. `extra`: as in `chunked_log_probs`, which it takes. `kernels`: `Kernels`, or these compiled.
+    """
+    kernels = kernels or Kernels()
+    if extra is not None:
+        return chunked_log_probs(hidden, lambda h: F.linear(h, weight), weight.shape[0], targets, extra, chunk_elements=chunk_elements, log_probs=kernels.log_probs)
+    most = chunk_elements or 2**(26 if hidden.is_cuda else 22)
+    if len(targets) * weight.shape[0] <= most:
+        return kernels.log_probs(F.linear(hidden, weight), targets)
+    if torch.is_autocast_enabled(hidden.device.type):                      # which looks into no function of our own
+        hidden, weight = (t.to(torch.get_autocast_dtype(hidden.device.type)) for t in (hidden, weight))
+    return _BlockedHead.apply(hidden, weight, targets, max(1, most // len(targets)), kernels)
+
+
+class _BlockedHead(torch.autograd.Function):
+    """log softmax(h W^T)[y] by blocks of the vocabulary, all M positions at once.
+
+        forward     z_v = h . W_v           log p(y) = z_y - log sum_v exp z_v           the log of a sum from the logs of its parts
+        backward    dL/dz_v = g (1[v = y] - p_v)     dL/dh = sum_v dL/dz_v W_v     dL/dW_v = sum over positions of dL/dz_v h     with g = dL/dlog p(y)
+
+    Backward computes the block's logits again, a third more products than it could do with. So do chunks of positions (below), which on a CPU
+    take 1.5 times as long: 166 x 50257 logits leave the cache between any two operations, and every chunk adds a gradient as large as W.
+    """
+
+    @staticmethod
+    def forward(ctx, hidden, weight, targets, n, kernels):
+        sums, at_target = zip(*(kernels.block_sums(hidden @ w.t(), targets - i * n) for i, w in enumerate(weight.split(n))))
+        log_sum = torch.stack(sums).logsumexp(0)
+        ctx.save_for_backward(hidden, weight, targets, log_sum)
+        ctx.n, ctx.kernels = n, kernels
+        return sum(at_target) - log_sum
+
+    @staticmethod
+    def backward(ctx, upstream):
+        hidden, weight, targets, log_sum = ctx.saved_tensors
+        d_hidden = torch.zeros_like(hidden, dtype=log_sum.dtype)
+        d_weight = torch.empty_like(weight) if ctx.needs_input_grad[1] else None
+        for start in range(0, len(weight), ctx.n):
+            w = weight[start:start + ctx.n]
+            d_logits = ctx.kernels.block_gradient(hidden @ w.t(), targets - start, log_sum, upstream)
+            d_hidden += d_logits @ w
+            if d_weight is not None:
+                torch.mm(d_logits.t(), hidden, out=d_weight[start:start + ctx.n])
+        return d_hidden.to(hidden.dtype), d_weight, None, None, None
+
+
+def block_sums(logits, targets):
+    """(log of the block's part of the sum of exponentials, the target's logit or 0 where it is in another block).   (M, n), (M,) -> (M,), (M,)"""
+    z, here = widened(logits), (targets >= 0) & (targets < logits.shape[1])
+    return z.logsumexp(-1), torch.where(here, z.gather(-1, (targets * here)[:, None])[:, 0], 0.0)
+
+
+def block_gradient(logits, targets, log_sum, upstream):
+    """upstream * (1[v = y] - softmax_v) on a block, narrowed to the logits' type again.   (M, n), (M,) x 3 -> (M, n)"""
+    here = (targets >= 0) & (targets < logits.shape[1])
+    grad = (widened(logits) - log_sum[:, None]).exp_().mul_(-upstream[:, None])
+    return grad.scatter_add_(-1, (targets * here)[:, None], (upstream * here)[:, None]).to(logits.dtype)
+
+
+class Kernels(NamedTuple):
+    """What torch.compile may fuse in the head, `log_probs` where the logits are whole, the other two where they come in blocks."""
+    log_probs: Callable = log_probs
+    block_sums: Callable = block_sums
+    block_gradient: Callable = block_gradient
 
 
 def chunked_log_probs(hidden, head, vocab_size, targets, extra=None, *, chunk_elements=None, log_probs=log_probs):
-    """Log-probs of the targets under head(hidden), chunk by chunk.   (M, d), (m, d) -> (m, V), V, (M,) -> (M,)
+    """Log-probs of the targets under head(hidden), chunk of positions by chunk.   (M, d), (m, d) -> (m, V), V, (M,) -> (M,)
 
-    Chunks of positions, recomputed in backward: at V = 50257 the logits of 2,000 tokens and their gradient would be 800 MB.
+    For a head that is more than a product and for what looks at whole distributions. Chunks are recomputed in backward.
     `chunk_elements`: logits of a chunk at most, 2^23 on a CPU, 2^26 on a GPU, where few rows would leave it idle.
     `extra(logits, targets, rows)` -> (k, m) may measure more on a chunk, `rows` being its slice of the M positions; the
     result is then (1 + k, M). `log_probs`: the function of that name, or it compiled.
@@ -81,7 +147,7 @@ def chunked_log_probs(hidden, head, vocab_size, targets, extra=None, *, chunk_el
 
 def wide_log_softmax(logits):
     """log softmax over the vocabulary, bf16 and fp16 widened to float32."""
-    return torch.log_softmax(logits.float() if logits.dtype in (torch.bfloat16, torch.float16) else logits, -1)
+    return torch.log_softmax(widened(logits), -1)
 
 
 def position_kl(ref_logits, logits):
@@ -158,7 +224,7 @@ class GPT(nn.Module):
     flat = True                                                                             # takes flat rows as they are
     shares_prompts = True                                                                   # ... and computes a prompt once for several responses
     token_budget = 8192                                                                     # tokens of a forward, by default
-    log_probs = staticmethod(log_probs)
+    kernels = Kernels()
 
     def __init__(self, config):
         super().__init__()
@@ -190,7 +256,7 @@ class GPT(nn.Module):
     def forward(self, ids, positions, lengths, predict=None, targets=None, extra=None):
         """Logits (M, V) at the `predict` positions (at all, if None); with `targets`, their log-probs (M,) instead."""
         x = self.hidden(ids, positions, lengths, slice(None) if predict is None else predict)
-        return self.head(x) if targets is None else head_log_probs(x, self.wte.weight, targets, extra, log_probs=self.log_probs)
+        return self.head(x) if targets is None else head_log_probs(x, self.wte.weight, targets, extra, kernels=self.kernels)
 
     def checkpoint_activations(self):
         """Keep only the input of each block and recompute the rest in backward: a third more work, 5 to 15 times less memory."""
@@ -198,7 +264,7 @@ class GPT(nn.Module):
 
     def compile_layers(self):
         """Kernels fused by torch.compile, for any number of tokens. Attention, which looks at lengths, stays outside: it would be compiled anew for every batch."""
-        self.log_probs = compiled(log_probs)
+        self.kernels = Kernels(*map(compiled, Kernels()))
         for block in self.h:
             block.before, block.after = compiled(block.before), compiled(block.after)
 
@@ -222,13 +288,13 @@ class GPT(nn.Module):
             return torch.cat([attend_after(q, k, v, x_k[:, :, :p], x_v[:, :, :p]) for q, k, v, x_k, x_v, p in zip(*apart, prompts)], 2)[0].transpose(0, 1)
 
         x = self.trunk(flat.ids, flat.positions, first)
-        logps = head_log_probs(x[flat.predict], self.wte.weight, flat.targets, log_probs=self.log_probs)
+        logps = head_log_probs(x[flat.predict], self.wte.weight, flat.targets, kernels=self.kernels)
         with torch.no_grad():
             new = [n - p for n, p in zip(other.lengths, prompts)]
             here, there = (f.positions < torch.tensor(prompts).repeat_interleave(torch.tensor(f.lengths)).to(x.device) for f in (flat, other))
             hidden = x.new_empty(len(other.ids), x.shape[1])
             hidden[there], hidden[~there] = x[here], self.trunk(other.ids[~there], other.positions[~there], second)
-            return logps, head_log_probs(hidden[other.predict], self.wte.weight, other.targets, log_probs=self.log_probs)
+            return logps, head_log_probs(hidden[other.predict], self.wte.weight, other.targets, kernels=self.kernels)
 
     @torch.no_grad()
     def generate(self, prompts, *, eot, max_new_tokens, temperature=1.0, top_p=1.0, seed=0, rows=512, room=None, numbers=None):
@@ -404,7 +470,7 @@ class HFPolicy(nn.Module):
     """
 
     shares_prompts = False
-    log_probs = staticmethod(log_probs)
+    kernels = Kernels()
 
     def __init__(self, lm, *, lora=0, seed=0):
         super().__init__()
@@ -525,7 +591,11 @@ class HFPolicy(nn.Module):
 
     def forward(self, ids, positions, lengths, predict=None, targets=None, extra=None):
         hidden = self.hidden(ids, positions, lengths, slice(None) if predict is None else predict)
-        return self.head(hidden) if targets is None else chunked_log_probs(hidden, self.head, self.vocab_size, targets, extra, log_probs=self.log_probs)
+        if targets is None:
+            return self.head(hidden)
+        if self.chunked and self.scale == 1 and self.softcap is None and (weight := plain_weight(self.lm.get_output_embeddings())) is not None:
+            return head_log_probs(hidden, weight, targets, extra, kernels=self.kernels)
+        return chunked_log_probs(hidden, self.head, self.vocab_size, targets, extra, log_probs=self.kernels.log_probs)
 
     def reference(self):
         """The policy before training, without a second copy of the weights: the same model with its adapter switched off."""
@@ -539,7 +609,7 @@ class HFPolicy(nn.Module):
 
     def compile_layers(self):
         """As `GPT.compile_layers`, attention included: transformers' looks at the positions alone."""
-        self.log_probs = compiled(log_probs)
+        self.kernels = Kernels(*map(compiled, Kernels()))
         for block in self.blocks("compile"):
             block.forward = compiled(block.forward)
         self.generate = torch.compiler.set_stance("force_eager")(self.generate)            # a layer's own cache would be compiled layer by layer
@@ -588,6 +658,11 @@ class HFPolicy(nn.Module):
             raise SystemExit(f"--save adapter: this one stands on {self.sft_adapter} merged into its base, which no adapter folder can say; save it merged")
         else:
             self.peft.save_pretrained(folder, save_embedding_layers=False)
+
+
+def plain_weight(head):
+    """The weight of a head that is a product and nothing else, no bias, no adapter, no hook; or None."""
+    return head.weight if type(head) is nn.Linear and head.bias is None and not (head._forward_hooks or head._forward_pre_hooks) else None
 
 
 class AdapterOff:

@@ -123,15 +123,52 @@ def test_the_head_in_chunks_is_the_head_in_one_piece_in_value_and_gradient(chunk
 
 
 @pytest.mark.parametrize("grad", [True, False])
-def test_no_chunk_holds_more_logits_than_it_may_forward_or_backward(grad):
-    sizes = []
+def test_no_block_of_the_vocabulary_and_no_chunk_of_positions_holds_more_logits_than_it_may(grad):
+    sizes, spy = [], lambda f: lambda logits, *a: sizes.append(tuple(logits.shape)) or f(logits, *a)
     hidden, weight, targets = head_inputs()
-    with torch.set_grad_enabled(grad):
-        logps = head_log_probs(hidden, weight, targets, chunk_elements=100, log_probs=lambda logits, y: sizes.append(tuple(logits.shape)) or log_probs(logits, y))
-    assert sizes == [(5, 20)] * 4 + [(3, 20)]
-    if grad:
-        logps.sum().backward()
-        assert sorted(sizes[5:]) == sorted(sizes[:5])                                # each once more: recomputed, not remembered
+    kernels, chunk = model.Kernels(*map(spy, model.Kernels())), dict(chunk_elements=100)
+    for head, once in ((lambda: head_log_probs(hidden, weight, targets, kernels=kernels, **chunk), [(23, 4)] * 5),
+                       (lambda: model.chunked_log_probs(hidden, lambda h: h @ weight.T, 20, targets, log_probs=kernels.log_probs, **chunk), [(5, 20)] * 4 + [(3, 20)])):
+        with torch.set_grad_enabled(grad):
+            logps = head()
+        assert sizes == once
+        if grad:
+            logps.sum().backward()
+            assert sorted(sizes[len(once):]) == sorted(once)                         # each once more: recomputed, not remembered
+        sizes.clear()
+
+
+@pytest.mark.parametrize("n", [1, 3, 20])
+def test_the_blocked_heads_gradient_is_the_difference_quotient(n):
+    hidden, weight, targets = head_inputs(m=4, d=3)
+    targets[1] = targets[0]                                                          # one token trained twice: its row of W gets both
+    assert torch.autograd.gradcheck(lambda h, w: model._BlockedHead.apply(h, w, targets, n, model.Kernels()), (hidden, weight))
+
+
+@pytest.mark.parametrize("chunk_elements", [60, 10 ** 6])
+def test_a_frozen_head_and_a_frozen_trunk_get_no_gradient(chunk_elements):
+    for frozen in (0, 1):
+        inputs = head_inputs()
+        inputs[frozen].requires_grad_(False)
+        head_log_probs(*inputs, chunk_elements=chunk_elements).sum().backward()
+        assert inputs[frozen].grad is None and inputs[1 - frozen].grad.abs().sum() > 0
+
+
+def test_the_head_under_autocast_is_the_16_bit_head_its_sums_in_32():
+    """Logits are rounded to bf16 as ever; the log-probs of 2,000 words from them are exact, and the gradients of float32 weights are float32."""
+    g = torch.Generator().manual_seed(0)
+    hidden, weight = (torch.randn(n, 16, generator=g).requires_grad_() for n in (40, 2000))
+    targets, results = torch.randint(2000, (40,), generator=g), []
+    for chunk_elements in (40 * 2000, 40 * 128):
+        with torch.autocast("cpu", torch.bfloat16):
+            logps = head_log_probs(hidden, weight, targets, chunk_elements=chunk_elements)
+        gradients = torch.autograd.grad(logps.sum(), (hidden, weight))
+        assert logps.dtype == torch.float32 and all(x.dtype == torch.float32 for x in gradients)
+        results.append((logps.detach(), *gradients))
+    (a, *da), (b, *db) = results
+    close(b, a, 1e-5)                                                                # float32 sums of the same rounded logits
+    for x, y in zip(da, db):
+        close(y, x, 0.02 * x.abs().max().item())                                     # bf16: 2^-8, twice
 
 
 def test_a_head_without_targets_gives_an_empty_answer():
@@ -174,7 +211,7 @@ def test_predict_and_targets_select_from_the_full_logits():
 
 def test_only_positions_that_predict_something_meet_the_output_head():
     shapes, net = [], gpt()
-    net.log_probs = lambda logits, targets: shapes.append(tuple(logits.shape)) or log_probs(logits, targets)
+    net.kernels = model.Kernels(lambda logits, targets: shapes.append(tuple(logits.shape)) or log_probs(logits, targets))
     ids, positions, lengths = flat_row()
     net(ids, positions, lengths, torch.tensor([0, 3, 7]), ids[[1, 4, 8]])
     assert shapes == [(3, 61)]                                                       # not all 21
@@ -607,14 +644,17 @@ def test_every_architecture_gives_what_separate_forwards_give_flat_and_padded_ch
 
 
 @pytest.mark.parametrize("kind", ["llama", "gemma2", "phi"])
-def test_the_head_in_chunks_has_the_gradient_of_the_whole(monkeypatch, folders, kind):
-    policy = load_policy(folders[kind], dtype=torch.float64)
+def test_the_head_in_parts_has_the_gradient_of_the_whole(monkeypatch, folders, kind):
+    """By blocks of the vocabulary (llama), or in chunks of positions where the head is capped (gemma2) or has a bias (phi)."""
+    policy, used = load_policy(folders[kind], dtype=torch.float64), []
     ids, positions, lengths = flat_row(vocab=64)
-    monkeypatch.setattr(model, "chunked_log_probs", functools.partial(model.chunked_log_probs, chunk_elements=3 * 64))
+    for name in ("chunked_log_probs", "head_log_probs"):
+        monkeypatch.setattr(model, name, lambda *a, f=getattr(model, name), name=name, **how: used.append(name) or f(*a, **how | {"chunk_elements": 3 * 64}))
     gradients = []
     for policy.chunked in (True, False):
         loss = policy(ids, positions, lengths, *response(ids)).square().sum()
         gradients.append(torch.autograd.grad(loss, list(policy.parameters())))
+    assert used == ["head_log_probs" if kind == "llama" else "chunked_log_probs"] + ["chunked_log_probs"]
     for a, b in zip(*gradients):
         close(a, b, 1e-9 * b.abs().max().clamp(min=1).item())                        # float64, another order of sums
 
@@ -639,6 +679,7 @@ def test_losses_over_whole_distributions_run_in_chunks_and_never_hold_two_whole_
         hidden = ref.hidden(ids, positions, lengths, predict)
         whole, ref_whole = policy(ids, positions, lengths, predict), ref(ids, positions, lengths, predict)
     monkeypatch.setattr(model, "chunked_log_probs", functools.partial(model.chunked_log_probs, chunk_elements=3 * 64))
+    monkeypatch.setitem(head_log_probs.__kwdefaults__, "chunk_elements", 3 * 64)
     most = []
 
     def extra(logits, targets, rows):
@@ -1207,6 +1248,7 @@ def test_compiled_layers_give_the_same_numbers_and_are_compiled_once_for_all_lay
 
     torch._dynamo.reset()
     monkeypatch.setattr(model, "compiled", lambda f: torch.compile(f, dynamic=True, backend=backend))
+    monkeypatch.setitem(head_log_probs.__kwdefaults__, "chunk_elements", 500)            # the head in two to five blocks
     plain, policy, graphs = build(), build(), []
     policy.compile_layers()
     if kind != "gpt2":

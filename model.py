@@ -57,18 +57,19 @@ def token_logps(logits, ids, mask):
 def head_log_probs(hidden, weight, targets, extra=None, *, chunk_elements=None, kernels=None):
     """Log-probs of the targets under hidden @ weight.T, without ever holding (M, V) logits.   (M, d), (V, d), (M,) -> (M,)
 
-    At V = 50257 the logits of 2,000 tokens and their gradient would be 800 MB. `chunk_elements`: logits alive at most, 2^22 on a CPU,
+    At V = 50257 the logits of 2,000 tokens and their gradient would be 800 MB. `chunk_elements`: logits alive at most, 2^20 on a CPU,
     where a block of them then stays in the cache, 2^26 on a GPU. `extra`: as in `chunked_log_probs`, which it takes. `kernels`: `Kernels`, or these compiled.
     """
     kernels = kernels or Kernels()
     if extra is not None:
         return chunked_log_probs(hidden, lambda h: F.linear(h, weight), weight.shape[0], targets, extra, chunk_elements=chunk_elements, log_probs=kernels.log_probs)
-    most = chunk_elements or 2**(26 if hidden.is_cuda else 22)
+    most = chunk_elements or 2**(26 if hidden.is_cuda else 20)
     if len(targets) * weight.shape[0] <= most:
         return kernels.log_probs(F.linear(hidden, weight), targets)
     if torch.is_autocast_enabled(hidden.device.type):                      # which looks into no function of our own
         hidden, weight = (t.to(torch.get_autocast_dtype(hidden.device.type)) for t in (hidden, weight))
-    return _BlockedHead.apply(hidden, weight, targets, max(1, most // len(targets)), kernels)
+    n = max(1, most // len(targets))
+    return _BlockedHead.apply(hidden, weight, targets, n - n % 64 or n, kernels)               # rows of logits then start where vectors do
 
 
 class _BlockedHead(torch.autograd.Function):

@@ -99,7 +99,7 @@ def clock(f, device="cpu"):
 def matmul_seconds(case, device):
     """Seconds per FLOP at the peak: the fastest of five large matmuls of the case's dtype."""
     n = 8192 if torch.device(device).type == "cuda" else 1024
-    a = torch.ones(n, n, dtype=torch.bfloat16 if case.dtype == "bf16" else torch.float32, device=device)
+    a = torch.ones(n, n, dtype=train.DTYPES[case.dtype] if case.dtype != "bf16" else torch.bfloat16, device=device)
     return min(clock(lambda: a @ a, device) for _ in range(5)) / (2 * n**3)
 
 
@@ -156,7 +156,7 @@ class Case:
     new: int = 64                                 # tokens generated
 
     WORDS = {"kto": {}, "dpo": {"kind": "dpo"}, **{what: {"what": what} for what in ("score", "epoch", "generate", "memory")},
-             "50k": {"vocab": 50257}, "bf16": {"dtype": "bf16"}, "llama": {"llama": True}, "124m": {"size": (12, 12, 768), "vocab": 50257},
+             "50k": {"vocab": 50257}, "bf16": {"dtype": "bf16"}, "fp64": {"dtype": "fp64"}, "llama": {"llama": True}, "124m": {"size": (12, 12, 768), "vocab": 50257},
              "8b": {"llama": True, "big": True, "size": (32, 32, 4096), "vocab": 128256},
              "lora": {"lora": 16}, "checkpoint": {"checkpoint": True}, "compile": {"compile": True}}
 
@@ -321,7 +321,7 @@ class Theirs:
         args = config(output_dir=str(folder / "trl"), per_device_train_batch_size=case.batch_size, gradient_checkpointing=False, bf16=case.dtype == "bf16",
                       use_cpu=torch.device(device).type == "cpu", report_to="none", beta=0.1, max_length=None, learning_rate=1e-6, save_strategy="no",
                       logging_strategy="no", disable_tqdm=True, num_train_epochs=1, dataloader_pin_memory=False, precompute_ref_log_probs=cached)
-        load = lambda name: AutoModelForCausalLM.from_pretrained(folder / name, dtype=torch.float32)                   # noqa: E731
+        load = lambda name: AutoModelForCausalLM.from_pretrained(folder / name, dtype=train.DTYPES[case.dtype])        # noqa: E731
         self.trainer = trainer(model=load("policy"), ref_model=None if cached else load("ref"), args=args, train_dataset=Dataset.from_list(records),
                                processing_class=word_tokenizer(case.vocab))
         self.trainer.remove_callback(PrinterCallback)                                  # no lines in the middle of a table
@@ -360,7 +360,7 @@ class Theirs:
 def apart(ours, theirs, batch):
     """(loss of each, largest relative difference of a tensor's gradient) on one batch, no update and no clipping."""
     clip, ours.cfg.max_grad_norm = ours.cfg.max_grad_norm, 0.0
-    mine, trl = ours.step(batch, update=False)["loss"], theirs.step(ours, batch, True, update=False)
+    mine, trl = ours.step(batch, update=False)["loss"], theirs.step(ours, batch, ours.cfg.dtype != "fp64", update=False)      # its collator has float32 only
     grads, other = ours.gradients(), dict(theirs.model.named_parameters())
     worst = max(float((g - other[n].grad).norm() / g.norm()) for n, g in grads.items() if float(g.norm()) > 0)
     ours.cfg.max_grad_norm = clip

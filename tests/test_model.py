@@ -1,5 +1,6 @@
 """Claims about model.py: flat rows give what separate forwards give, transformers agrees, and sampling samples the policy."""
 import functools
+import inspect
 import json
 import math
 import shutil
@@ -288,6 +289,46 @@ def test_a_policy_with_mismatched_responses_beside_is_two_forwards():
     close(silent, expected.detach(), 1e-12)
     for x, y in zip(*(torch.autograd.grad(v.sin().sum(), list(net.parameters())) for v in (plain, logps))):
         close(y, x, 1e-10)
+
+
+def dense_varlen(q, k, v, cu_q, cu_k, max_q, max_k, *, window_size, from_the_end=True):
+    """What the CUDA kernel is documented to do, by a dense mask over all queries and keys."""
+    assert window_size == (-1, 0) and cu_q.dtype == cu_k.dtype == torch.int32 and cu_q[0] == cu_k[0] == 0 and (cu_q[-1], cu_k[-1]) == (len(q), len(k))
+    assert (max_q, max_k) == tuple(int(c.diff().max()) for c in (cu_q, cu_k))
+    (row_q, at_q), (row_k, at_k) = ((torch.repeat_interleave(torch.arange(len(c) - 1), c.diff()), torch.cat([torch.arange(n) for n in c.diff()])) for c in (cu_q, cu_k))
+    shift = (cu_k.diff() - cu_q.diff())[row_q] if from_the_end else torch.zeros_like(row_q)
+    seen = (row_q[:, None] == row_k) & (at_k <= (at_q + shift)[:, None])
+    scores = torch.einsum("qhd,khd->hqk", q, k) / q.shape[-1] ** 0.5
+    return torch.einsum("hqk,khd->qhd", scores.masked_fill(~seen, -torch.inf).softmax(-1), v)
+
+
+@pytest.mark.parametrize("share", [False, True])
+def test_attention_in_one_kernel_is_the_loop_over_sequences(monkeypatch, share):
+    """On a GPU. Here the kernel is a dense mask; what it is called with is under test, for shared prompts and for mismatched responses beside."""
+    rows = [data.make_row(p, r) for p, r in (([7], [1, 2, 3]), ([7], [4]), ([1, 2, 3], [5, 6]), ([9, 9], [8]))]
+    flat, other = data.flatten(rows), data.flatten([data.mismatched(row, rows[j], 32) for row, j in zip(rows, (2, 3, 0, 1))])
+    results = []
+    for attend in (model.attend, model.varlen_attention):
+        monkeypatch.setattr(model, "attend", attend)
+        monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", dense_varlen)
+        net = gpt()
+        _, sums, gradients = sums_and_gradients(net, share)
+        results.append([sums, *gradients, *net.forward_beside(flat, other, [r.n_prompt for r in rows])])
+    for a, b in zip(*results):
+        close(b, a, 1e-10)                                                           # float64, gradients near 1e3
+
+
+def test_the_kernel_is_taken_only_where_it_exists_and_is_causal_from_the_end(monkeypatch):
+    ask = lambda: model.varlen_is_right.__wrapped__("cpu", torch.bfloat16, 2, 8)                              # noqa: E731
+    assert not ask()                                                                 # this machine's torch has it for CUDA only
+    for from_the_end in (True, False):
+        monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", functools.partial(dense_varlen, from_the_end=from_the_end))
+        assert ask() == from_the_end
+
+
+def test_the_kernel_takes_what_it_is_given():
+    from torch.nn.attention.varlen import varlen_attn
+    inspect.signature(varlen_attn).bind(*range(7), window_size=(-1, 0))
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)

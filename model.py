@@ -707,8 +707,8 @@ class HFPolicy(nn.Module):
 
 
 def plain_weight(head):
-    """The weight of a head that is a product and nothing else, no bias, no adapter, no hook; or None."""
-    return head.weight if type(head) is nn.Linear and head.bias is None and not (head._forward_hooks or head._forward_pre_hooks) else None
+    """The weight of a head that is a product and nothing else, no bias and no adapter; or None."""
+    return head.weight if type(head) is nn.Linear and head.bias is None else None
 
 
 class AdapterOff:

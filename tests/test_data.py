@@ -10,9 +10,9 @@ import torch
 from hypothesis import assume, given, settings, strategies as st
 
 import data
+from conftest import SHARED, needs_shared
 from data import EOT, Feedback, Pair, Turn, batch_at, encode, flatten, lambda_weights, make_row, mismatch, mismatched, read, to_feedback
 
-SHARED = Path(__file__).parents[2] / "shared" / "data"
 settings.register_profile("nanokto", deadline=None, derandomize=True, database=None, max_examples=60)
 settings.load_profile("nanokto")
 
@@ -21,13 +21,6 @@ NASTY = ["</s>", "<s>", EOT, "<|user|>", "<|assistant|>", "\x0c", "\x85", "\u202
          "\u4f60\u597d\u3002", "\U0001f600", "\u0301", "\ufeff", "{{ x }}", "[INST]", " .", " n't"]
 texts = st.lists(st.sampled_from(NASTY) | st.text(max_size=6), max_size=6).map("".join)
 answers = texts.filter(lambda s: s.strip())
-
-
-def shared(name):
-    """A real preference file. These are kept out of the repository by rule, so a clone may lack them; every property that is tested with one is tested on made data too."""
-    if not (SHARED / name).exists():
-        pytest.skip(f"shared data: {SHARED / name} is not here")
-    return SHARED / name
 
 
 # --- tokenizers of the three kinds ------------------------------------------------------------------------------------
@@ -63,14 +56,15 @@ def chat(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def gpt2():
-    return data.load_tokenizer(shared("gpt2-bpe"))
+    return data.load_tokenizer(SHARED / "gpt2-bpe")
 
 
-@pytest.fixture(scope="module", params=["bytes", "gpt2", "hf", "chat"])
+@pytest.fixture(scope="module", params=["bytes", pytest.param("gpt2", marks=needs_shared), "hf", "chat"])
 def tokenizer(request):
     return BYTES if request.param == "bytes" else request.getfixturevalue(request.param)
 
 
+@needs_shared
 def test_gpt2s_hello_world_is_15496_995(gpt2):
     assert gpt2.encode("Hello world") == [15496, 995] and gpt2.eot == 50256 and gpt2.vocab_size == 50257 and gpt2.bos == []
 
@@ -100,6 +94,7 @@ def test_a_prompt_and_its_response_are_encoded_apart(tokenizer, prompt, response
     assert row.n_prompt == len(tokenizer.prompt_ids(prompt) or [tokenizer.eot]) and row.mask.tolist() == [0.0] * row.n_prompt + [1.0] * len(row.response)
 
 
+@needs_shared
 def test_no_token_straddles_the_border_of_prompt_and_response(gpt2):
     (row,), _ = encode([Feedback("Hello wor", "ld", True)], gpt2)
     assert row.ids.tolist() == gpt2.encode("Hello wor") + gpt2.encode("ld") + [50256]
@@ -173,7 +168,7 @@ def test_a_folder_without_a_tokenizer_is_a_one_line_error(tmp_path):
     assert str(tmp_path) in str(e.value) and "tokenizer.json" in str(e.value) and "\n" not in str(e.value)
 
 
-@pytest.mark.parametrize("kind", ["bytes", "world", "gpt2"])
+@pytest.mark.parametrize("kind", ["bytes", "world", pytest.param("gpt2", marks=needs_shared)])
 def test_our_tokenizers_are_the_same_in_transformers(kind, tmp_path, request):
     """Random strings of a vocabulary's own tokens, of nasty ones and of any characters: the same ids from AutoTokenizer."""
     import world
@@ -1174,8 +1169,9 @@ def n_turns(e):
     return len(e.prompt)
 
 
+@needs_shared
 def test_shared_kto_file_is_read_as_its_readme_counts_it():
-    examples, name = read(shared("llamafactory/kto_en_demo.json"))
+    examples, name = read(SHARED / "llamafactory/kto_en_demo.json")
     assert name == "messages + label" and len(examples) == 300 and sum(e.desirable for e in examples) == 150
     assert sum(n_turns(e) > 1 for e in examples) == 77 and max(map(n_turns, examples)) == 11
     assert "</s>" in examples[139].completion and "<|user|>" in examples[257].completion     # the README counts from 0,
@@ -1185,23 +1181,26 @@ def test_shared_kto_file_is_read_as_its_readme_counts_it():
     assert all(BYTES.text(r.response) == e.completion and r.ids[-1] == BYTES.eot for r, e in zip(rows, examples))
 
 
+@needs_shared
 def test_shared_kto_files_control_token_text_stays_text(chat):
-    examples, _ = read(shared("llamafactory/kto_en_demo.json"))
+    examples, _ = read(SHARED / "llamafactory/kto_en_demo.json")
     control = set(chat.backend.all_special_ids)
     for e in (examples[139], examples[257]):
         (row,), _ = encode([e], chat, max_len=60_000, max_prompt_len=50_000)
         assert [t for t in row.response.tolist() if t in control] == [chat.eot] and chat.text(row.response) == e.completion
 
 
+@needs_shared
 def test_shared_long_prompts_are_cut_to_the_bpe_limits(gpt2):
-    examples, _ = read(shared("llamafactory/kto_en_demo.json"))
+    examples, _ = read(SHARED / "llamafactory/kto_en_demo.json")
     rows, counts = encode(examples, gpt2)
     assert max(r.n_prompt for r in rows) == 512 and max(len(r.ids) for r in rows) <= 1024 and counts["prompt cut from the left"] > 0
     assert all(r.mask.sum() >= 1 for r in rows) and min(r.mask.sum() for r in rows) == 2      # one token and its end
 
 
+@needs_shared
 def test_shared_pairs_are_read_as_the_readme_counts_them():
-    pairs, name = read(shared("llamafactory/dpo_en_demo.json"))
+    pairs, name = read(SHARED / "llamafactory/dpo_en_demo.json")
     assert name == "paired conversations" and len(pairs) == 300 and all(isinstance(p, Pair) for p in pairs)
     assert sum(p.prompt[0].role == "system" for p in pairs) == 80 and max(map(n_turns, pairs)) == 13
     assert 300 - len({(p.prompt, p.chosen, p.rejected) for p in pairs}) == 5
@@ -1210,16 +1209,18 @@ def test_shared_pairs_are_read_as_the_readme_counts_them():
     assert counts["desirable"] == counts["undesirable"] == 300 and counts["duplicates (kept)"] >= 10
 
 
+@needs_shared
 def test_shared_chinese_pairs_are_read_as_the_readme_counts_them():
-    pairs, _ = read(shared("llamafactory/dpo_zh_demo.json"))
+    pairs, _ = read(SHARED / "llamafactory/dpo_zh_demo.json")
     assert len(pairs) == 300 and 300 - len({(p.prompt, p.chosen, p.rejected) for p in pairs}) == 11
     assert any(p.chosen.startswith(p.rejected) or p.rejected.startswith(p.chosen) for p in pairs)
     rows, _ = encode(to_feedback(pairs), BYTES, max_len=60_000, max_prompt_len=50_000)
     assert all(BYTES.text(r.response) == e.completion for r, e in zip(rows, to_feedback(pairs), strict=True))
 
 
+@needs_shared
 def test_shared_scored_reviews_are_read_as_the_readme_counts_them():
-    examples, name = read(shared("odpo/imdb-sft-test.jsonl"), threshold=1.0)
+    examples, name = read(SHARED / "odpo/imdb-sft-test.jsonl", threshold=1.0)
     assert name == "scored: prompt, completion, reward" and len(examples) == 2560 and sum(e.desirable for e in examples) == 1682
     assert len({e.prompt for e in examples}) == 252
     assert sum(len({e.desirable for e in examples if e.prompt == p}) == 2 for p in {e.prompt for e in examples}) == 221
@@ -1230,8 +1231,9 @@ def test_shared_scored_reviews_are_read_as_the_readme_counts_them():
     assert all(BYTES.eot not in r.ids for r in rows)
 
 
+@needs_shared
 def test_shared_scored_reviews_make_pairs_best_with_worst():
-    pairs, name = read(shared("odpo/imdb-sft-test.jsonl"), scored="pairs")
+    pairs, name = read(SHARED / "odpo/imdb-sft-test.jsonl", scored="pairs")
     assert "scored responses 2,560" in name and all(p.score_chosen > p.score_rejected for p in pairs)
     counts = {k: int(v.replace(",", "")) for k, v in (x.rsplit(" ", 1) for x in name[name.index("(") + 1:-1].split(" | "))}
     assert 2 * (len(pairs) + counts.get("ties dropped", 0)) + counts.get("left over", 0) == 2560      # every response is accounted for
@@ -1239,8 +1241,9 @@ def test_shared_scored_reviews_make_pairs_best_with_worst():
     assert len(units) + found["dropped: empty response"] + found.get("dropped: chosen is rejected", 0) == len(pairs)
 
 
+@needs_shared
 def test_shared_answers_need_columns_and_repeat_their_questions():
-    path = shared("torchtune/stack_exchange_paired_tiny.json")
+    path = SHARED / "torchtune/stack_exchange_paired_tiny.json"
     assert "unknown format with columns question, response_j, response_k" in complaint(path)
     pairs, _ = read(path, columns=dict(prompt="question", chosen="response_j", rejected="response_k"))
     assert len(pairs) == 25 and 25 - len({p.prompt for p in pairs}) == 17
@@ -1251,7 +1254,8 @@ def test_shared_answers_need_columns_and_repeat_their_questions():
         assert all(prompts[i] != prompts[j] for i, j in zip(batch.rows, batch.partners, strict=True))
 
 
+@needs_shared
 def test_shared_whole_chats_have_their_shared_turns_as_prompt():
-    (pair,), _ = read(shared("torchtune/hh_rlhf_tiny.json"))
+    (pair,), _ = read(SHARED / "torchtune/hh_rlhf_tiny.json")
     assert pair.prompt == (Turn("user", "What do I do when I have a hole in my trousers?"),)
     assert (pair.chosen, pair.rejected) == ("Fix the hole.", "Take them off.")

@@ -248,19 +248,35 @@ def clock_going_back(l):
 
 def process(words, log, inside=None):
     """train.main in a process of its own, forked: nothing is imported again. Where a folder `inside` is given, the run rests for
-    20 ms in each step, each evaluation and before each renaming of a file it wrote, and names there what it is in."""
+    20 ms in each step, each evaluation and each file it writes, which is there by half then, and names there what it is in."""
+    rename = os.replace
+
+    @contextlib.contextmanager
+    def rest(what):
+        (inside / what).touch()
+        time.sleep(0.02)
+        yield
+        (inside / what).unlink()
+
     def rests(what, real):
         def slow(*a, **k):
-            (inside / what).touch()
-            time.sleep(0.02)
-            result = real(*a, **k)
-            (inside / what).unlink()
-            return result
+            with rest(what):
+                return real(*a, **k)
         return slow
+
+    def replace(source, target):
+        file = Path(source)
+        whole = file.read_bytes() if file.is_file() else b""
+        if whole:
+            file.write_bytes(whole[:len(whole) // 2])
+        with rest("a file"):
+            if whole:
+                file.write_bytes(whole)
+            rename(source, target)
 
     def child():
         if inside:
-            train.train_step, evaluate.margins, os.replace = rests("a step", train.train_step), rests("an evaluation", evaluate.margins), rests("a file", os.replace)
+            train.train_step, evaluate.margins, os.replace = rests("a step", train.train_step), rests("an evaluation", evaluate.margins), replace
         tqdm.set_lock(threading.RLock())                                                  # its own is shared with us, and a killed child keeps it
         sys.stdout = sys.stderr = open(log, "w", buffering=1)
         sys.exit(start(words)[0] or 0)

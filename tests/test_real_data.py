@@ -11,7 +11,8 @@ import torch
 import data
 import model
 import train
-from test_train import SHARED, metrics, needs_shared, run, tiny_llama
+from conftest import SHARED, needs_shared
+from test_train import metrics, run, tiny_llama
 
 FILES = {  # file -> how it is read, rows or pairs in it
     "llamafactory/kto_en_demo.json": ([], 300),

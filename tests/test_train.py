@@ -21,10 +21,9 @@ import data
 import evaluate
 import model
 import train
+from conftest import SHARED, needs_shared
 
 ROOT = Path(train.__file__).parent
-SHARED = ROOT.parent / "shared" / "data"
-needs_shared = pytest.mark.skipif(not SHARED.is_dir(), reason="shared data folder is not here")
 
 
 def run(*words):

@@ -1,0 +1,454 @@
+"""What a loss is told, and what it is compared with.
+
+A loss is a plain function. The names before its `*` are MEASURED, those after it are settings:
+
+    def kto_loss(logratios, desirable, kl_logratios, *, beta=0.1, lambda_d=1.0, lambda_u=1.0)
+
+This file holds every measured name, once: a small function under `@measured(its names)`. Whatever
+else must be known of a name is said there too, and nowhere else. A new quantity is one entry.
+With this one in place, a loss may name `chosen_entropy`, and nothing else has to be touched:
+
+    @measured("chosen_entropy", "rejected_entropy", scope="position")
+    def position_entropy(logits, targets, ref_logits):
+        '''Entropy of the next-token distribution, nats, with gradient.   (m, V) -> (m,)'''
+        logps = wide_log_softmax(logits)
+        return -(logps.exp() * logps).sum(-1)
+
+Words.
+    row    one sequence, prompt and response (data.Row); its mask says which tokens count
+    unit   the rows of one example: (y,), (y, y'), (chosen, rejected) or (chosen, rejected, target).
+           y' is the mismatched row: this prompt with another prompt's response, for KTO's z0.
+           The first `trained` rows carry a gradient, the others are only measured
+    batch  the units of one optimiser step, over all processes
+    part   some units of a batch: what one forward takes
+
+Two passes. What couples the rows of a batch (z0, a running mean) is measured first, over the whole
+batch and without gradient; then the units are measured part by part, with gradient. Therefore any
+split of a batch gives the same step.
+"""
+
+import difflib
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import NamedTuple
+
+import torch
+
+import data
+from model import wide_log_softmax
+from plumbing import metrics, parallel
+
+
+# --- the registry of measured names -------------------------------------------------------------
+
+class Quantity(NamedTuple):
+    compute: Callable
+    row: int               # which row of a unit it speaks of: 0 chosen, 1 rejected, 2 target
+    scope: str             # example, position, batch or token: see below
+    needs: tuple           # "reference": its log-probs. "distributions": its model, at every step.
+                           # "partners": mismatched rows. "author": responses of the policy's own
+    zero: bool             # is it 0 where policy and reference are equal?
+
+
+MEASURED = {}
+
+
+def measured(*names, scope="example", needs=(), zero=False):
+    """Register a function under its names; the k-th name speaks of the k-th row of a unit.
+
+    scope     the function                        gives
+    example   f(part, row)                        (b,)  one number per unit of the part
+    position  f(logits, targets, ref_logits)      (m,)  per token; summed over the response
+    batch     f(whole, row)                       any   once per step, without gradient
+    token     rollouts.py measures it             (m,)  per token that the policy wrote
+    """
+    def register(compute):
+        for row, name in enumerate(names):
+            MEASURED[name] = Quantity(compute, row, scope, tuple(needs), zero)
+        return compute
+    return register
+
+
+# --- one number per example: part is a Part -----------------------------------------------------
+
+@measured("chosen_logps", "rejected_logps", "target_logps")
+@measured("logps")
+@measured("chosen_rewards", "rejected_rewards")
+def log_prob(part, row):
+    """log pi(y|x), a masked sum over the response. Of a reward model: its reward.   (b,)"""
+    return part.logps[:, row]
+
+
+@measured("ref_chosen_logps", "ref_rejected_logps", needs=["reference"])
+def ref_log_prob(part, row):
+    """log pi_ref(y|x), never with a gradient.   (b,)"""
+    return part.ref_logps[:, row]
+
+
+@measured("chosen_logratios", "rejected_logratios", needs=["reference"], zero=True)
+@measured("logratios", needs=["reference"], zero=True)
+def log_ratio(part, row):
+    """log pi(y|x) - log pi_ref(y|x).   (b,)"""
+    return part.logps[:, row] - part.ref_logps[:, row]
+
+
+@measured("chosen_len", "rejected_len")
+def response_length(part, row):
+    """Response tokens that count, end-of-text included.   (b,)"""
+    return part.column(unit[row].length for unit in part.units)
+
+
+@measured("chosen_win_prob", "rejected_win_prob")
+def win_probability(part, row):
+    """The response's mean probability of winning, from the data (SPPO).   (b,)"""
+    return part.column(unit[row].win_prob for unit in part.units)
+
+
+@measured("score_gap")
+def score_gap(part, row):
+    """Score of chosen minus score of rejected, from the data (ODPO).   (b,)"""
+    return part.column(unit[0].score - unit[1].score for unit in part.units)
+
+
+@measured("desirable")
+@measured("preferred")
+def thumb(part, row):
+    """desirable: thumb up. preferred: is the unit's first response the preferred one.   (b,)"""
+    return part.column((unit[0].desirable for unit in part.units), torch.bool)
+
+
+@measured("chosen_weight", "rejected_weight")
+def confidence_weight(part, row):
+    """WPO: exp(mean over the response of log p(y_t) - log sum_v p(v)^2), no gradient.   (b,)"""
+    return (part.position_sums[position_confidence][:, row] / response_length(part, row)).exp()
+
+
+# --- one number per token, from whole next-token distributions; summed over the response --------
+
+@measured("chosen_kl", "rejected_kl", scope="position", needs=["reference", "distributions"],
+          zero=True)
+def position_kl(logits, targets, ref_logits):
+    """KL(pi_ref(.|s_t) || pi(.|s_t)), nats.   (m, V), (m,), (m, V) -> (m,)"""
+    ref_logps = wide_log_softmax(ref_logits.detach())        # of both: 0 log 0 is not NaN
+    return (ref_logps.exp() * (ref_logps - wide_log_softmax(logits))).sum(-1)
+
+
+def position_confidence(logits, targets, ref_logits):
+    """log p(y_t) - log sum_v p(v)^2, no gradient: 0 on average for the policy's own samples."""
+    logps = wide_log_softmax(logits.detach())
+    return logps.gather(-1, targets[:, None])[:, 0] - torch.logsumexp(2 * logps, -1)
+
+
+# --- once per step, over the whole batch, without gradient: whole is a Whole --------------------
+
+@measured("kl_logratios", scope="batch", needs=["reference", "partners"], zero=True)
+def mismatched_log_ratios(whole, row):
+    """log pi(y'|x) - log pi_ref(y'|x) of every mismatched row.   (M,)"""
+    return whole.partner_logps - whole.ref_logps[:, whole.trained]
+
+
+@measured("kl_logps", scope="batch", needs=["partners"])
+def mismatched_log_probs(whole, row):
+    """log pi(y'|x) of every mismatched row.   (M,)"""
+    return whole.partner_logps
+
+
+@measured("entropy", scope="batch", needs=["partners"])
+def entropy_estimate(whole, row):
+    """-mean log pi(y'|x): the estimate of H(pi) that KTO's authors use.   ()"""
+    return -whole.partner_logps.mean()
+
+
+@measured("reward_shift", scope="batch", needs=["reference"], zero=True)
+def mean_reward_so_far(whole, row):
+    """BCO: mean of beta * log-ratio over all samples seen so far, this batch included.   ()"""
+    running = whole.running
+    rewards = whole.hyper["beta"] * whole.log_ratios
+    running["reward_sum"] = running.get("reward_sum", 0.0) + float(rewards.sum())
+    running["reward_count"] = running.get("reward_count", 0.0) + rewards.numel()
+    return torch.tensor(running["reward_sum"] / running["reward_count"], dtype=torch.float64)
+
+
+@measured("batch_margin_mean", scope="batch", needs=["reference"], zero=True)
+def batch_margin(whole, row):
+    """beta-DPO: mean of chosen minus rejected log-ratio over the batch.   ()"""
+    return (whole.log_ratios[:, 0] - whole.log_ratios[:, 1]).mean()
+
+
+@measured("margin_mean", scope="batch", needs=["reference"], zero=True)
+def running_margin(whole, row):
+    """beta-DPO: the moving average of that, from 0, updated before it is used.   ()"""
+    before = whole.running.get("margin_mean", 0.0)
+    whole.running["margin_mean"] = 0.9 * before + 0.1 * float(batch_margin(whole, row))
+    return torch.tensor(whole.running["margin_mean"], dtype=torch.float64)
+
+
+# --- one number per token that the policy wrote -------------------------------------------------
+
+@measured("token_logps", "old_token_logps", "values", "old_values", "advantages", "returns",
+          scope="token", needs=["reference", "distributions", "author"])
+def token_quantity(measured_tokens, row):
+    """What PPO's loss is told: see rollouts.py, which measures these."""
+    raise LookupError("token quantities are measured by the PPO objective, not by this one")
+
+
+# --- from a signature to what must be measured --------------------------------------------------
+
+def signature(loss):
+    """(measured names, {setting: default}) of a loss: what stands before its * and what after."""
+    if hasattr(loss, "wants"):                               # a sum of losses (recipes.py)
+        return loss.wants, loss.defaults
+    wants, defaults = [], {}
+    for p in inspect.signature(loss).parameters.values():
+        if p.kind == p.KEYWORD_ONLY:
+            defaults[p.name] = p.default
+        else:
+            wants.append(p.name)
+    for name in wants:
+        if name not in MEASURED:
+            near = difflib.get_close_matches(name, MEASURED, 1, cutoff=0)[0]
+            raise SystemExit(f"{loss.__name__} asks for {name!r}, which nobody measures; nearest: "
+                             f"{near}; known: {', '.join(MEASURED)}")
+    return wants, defaults
+
+
+def needs(wants, given=()):
+    """What measuring these names takes, as a set; a name that is `given` takes nothing."""
+    return {need for name in wants if name not in given for need in MEASURED[name].needs}
+
+
+def is_paired(wants):
+    return any(name.startswith(("chosen_", "rejected_")) for name in wants)
+
+
+# --- log-probs of units -------------------------------------------------------------------------
+
+def logps(policy, units, extra=None):
+    """log pi(y|x) of every row of every unit, with gradient.   (b, rows per unit)
+
+    extra: k numbers more per position (see GPT.forward), their sums follow: (1 + k, b, rows).
+    """
+    rows = [row for unit in units for row in unit]
+    device = next(policy.parameters()).device
+    flat = data.flatten(rows, device, policy.shares_prompts)
+    with parallel.precision(getattr(policy, "precision", ""), device):
+        per_token = policy(*flat[:5], extra)                 # ids, positions, lengths, ...
+    if extra is None:
+        return flat.sums(per_token).unflatten(-1, (len(units), -1))
+    sums = torch.stack([flat.sums(values) for values in per_token])
+    return sums.unflatten(-1, (len(units), -1))
+
+
+@torch.no_grad()
+def score(policy, units, what=""):
+    """The same without gradient, shared out over the processes; all of it on each of them.
+
+    -> (len(units), rows per unit) float64 on the CPU. what: the title of a progress bar.
+    """
+    table = torch.zeros(len(units), len(units[0]), dtype=torch.float64)
+    progress = parallel.bar(len(units), what) if what else None
+    for part, weight in parallel.deal(units, policy.token_budget):
+        found = logps(policy, [units[i] for i in part]).cpu().double()
+        if weight:
+            table[part] = found
+        if progress:
+            progress.update(len(part) * parallel.size)
+    if progress:
+        progress.close()
+    if parallel.sharded(policy):                             # no backward drops what was gathered
+        policy.reshard()
+    return parallel.total(table)
+
+
+# --- compared with what? ------------------------------------------------------------------------
+
+@dataclass
+class Reference:
+    """log pi_ref of a batch: rows of a `table` that was measured once, else a `model` asked anew.
+
+    No reference at all is a table of zeros. `mix` and `every` make it a moving one (TR-DPO).
+    """
+    table: torch.Tensor = None       # (rows of the data set, rows per unit) float64
+    model: object = None             # for losses that look at whole distributions, too
+    mix: float = 0.0
+    every: int = 0
+
+    def logps(self, rows, units):
+        if self.table is not None:
+            return self.table[rows]
+        return score(self.model, units)
+
+    def follow(self, policy, step):
+        """Every so many steps the reference becomes mix * policy + (1 - mix) * reference."""
+        if self.every and (step + 1) % self.every == 0:
+            for mine, theirs in zip(self.model.parameters(), policy.parameters()):
+                mine.data.lerp_(theirs.data, self.mix)
+
+
+# --- batches ------------------------------------------------------------------------------------
+
+@dataclass
+class Batch:
+    units: list                      # of the whole batch, all processes'
+    n: int                           # what the loss is a mean over: units, or tokens
+    known: dict                      # what carries no gradient, by name
+    ref_logps: torch.Tensor = None   # (units, rows per unit)
+    whole: bool = False              # True: the loss sorts its rows, so a batch is one part
+
+
+@dataclass
+class Whole:
+    """A batch before its first backward: what its rows have in common, without gradient."""
+    policy: object
+    units: list
+    ref_logps: torch.Tensor          # (B, rows per unit), None where the loss needs none
+    trained: int
+    hyper: dict
+    running: dict
+
+    @cached_property
+    def log_ratios(self):
+        """Of the rows that are trained.   (B, trained)"""
+        own = score(self.policy, [unit[:self.trained] for unit in self.units])
+        return own - self.ref_logps[:, :self.trained]
+
+    @cached_property
+    def partner_logps(self):
+        """log pi(y'|x).   (B,)"""
+        return score(self.policy, [unit[self.trained:] for unit in self.units])[:, 0]
+
+
+@dataclass
+class Part:
+    """Some units of a batch, measured: part["chosen_logps"] is what the registry says it is."""
+    units: list
+    logps: torch.Tensor              # (b, trained), with gradient
+    ref_logps: torch.Tensor          # (b, trained), or None
+    position_sums: dict              # position function -> (b, trained)
+    known: dict                      # what was measured over the whole batch
+
+    def __getitem__(self, name):
+        if name in self.known:
+            return self.like_logps(self.known[name])
+        quantity = MEASURED[name]
+        if quantity.scope == "position":
+            return self.position_sums[quantity.compute][:, quantity.row]
+        return quantity.compute(self, quantity.row)
+
+    def like_logps(self, tensor):
+        return tensor.to(self.logps.dtype).to(self.logps.device)
+
+    def column(self, values, dtype=None):
+        values = torch.tensor(list(values), dtype=dtype or self.logps.dtype)
+        return values.to(self.logps.device)
+
+
+# --- objectives ---------------------------------------------------------------------------------
+
+class Objective:
+    """What the loop asks of anything that learns; Preferences below, rollouts.PPO elsewhere."""
+
+    def __init__(self, loss, hyper, reference):
+        self.loss = loss
+        self.hyper = hyper                                   # its settings
+        self.wants = signature(loss)[0]                      # its measured names
+        self.reference = reference
+        self.running = {}                                    # running means, kept by checkpoints
+
+    def losses(self, measured):
+        """The loss on what was measured, one number per example.   (b,)"""
+        return self.loss(**{name: measured[name] for name in self.wants}, **self.hyper)
+
+
+class Preferences(Objective):
+    """KTO, DPO and their relatives, SFT, reward models: responses that somebody has judged."""
+
+    def __init__(self, loss, hyper, units, reference, *, batch_size, seed, trained, given=None,
+                 own_answers=None, mean_over_tokens=False):
+        """given: {measured name: tensor}, set by a flag instead of measured (a fixed z0).
+
+        own_answers(policy, units, seed): each unit's y' is the policy's own (z0 on policy).
+        mean_over_tokens: the SFT stage, whose loss is a mean per token.
+        """
+        super().__init__(loss, hyper, reference)
+        self.units = units
+        self.batch_size = batch_size
+        self.seed = seed
+        self.trained = trained
+        self.given = given or {}
+        self.own_answers = own_answers
+        self.mean_over_tokens = mean_over_tokens
+        found = {name: MEASURED[name] for name in self.wants if name not in self.given}
+        self.over_batch = [name for name, q in found.items() if q.scope == "batch"]
+        self.zero_at_equal = [name for name, q in found.items() if q.zero]
+        self.over_positions = list({q.compute: None for q in found.values()
+                                    if q.scope == "position"})
+        if any(q.compute is confidence_weight for q in found.values()):
+            self.over_positions.append(position_confidence)
+
+    # --- the step's batch, with what is known of all of it
+
+    def batches(self, policy, step):
+        """The one batch of this step: a function of (data, seed, step)."""
+        rows = data.batch_rows(len(self.units), self.batch_size, seed=self.seed, step=step)
+        units = [self.units[i] for i in rows]
+        if self.own_answers:
+            own = self.own_answers(policy, units, [self.seed, step])
+            units = [(*unit, answer) for unit, answer in zip(units, own)]
+        ref_logps = None
+        if self.reference is not None:
+            ref_logps = self.reference.logps(rows, units)
+        whole = Whole(policy, units, ref_logps, self.trained, self.hyper, self.running)
+        known = dict(self.given)
+        for name in self.over_batch:
+            known[name] = MEASURED[name].compute(whole, MEASURED[name].row)
+        n = len(units)
+        if self.mean_over_tokens:
+            n = sum(unit[0].length for unit in units)
+        yield Batch(units, n, known, ref_logps, getattr(self.loss, "needs_whole_batch", False))
+
+    # --- a part of it, with gradient
+
+    def measure(self, policy, batch, part):
+        units = [batch.units[i][:self.trained] for i in part]
+        position_sums = {}
+        if self.over_positions:
+            own, *sums = logps(policy, units, self.extra(units))
+            position_sums = dict(zip(self.over_positions, sums))
+        else:
+            own = logps(policy, units)
+        found = Part(units, own, None, position_sums, batch.known)
+        if batch.ref_logps is not None:
+            found.ref_logps = found.like_logps(batch.ref_logps[part, :self.trained])
+        return found
+
+    def extra(self, units):
+        """What the policy's forward is to measure at every position: see GPT.forward.
+
+        Only the reference's hidden states are kept: its logits are made chunk by chunk, so no
+        two (M, V) tensors are alive.
+        """
+        model = None
+        if "distributions" in needs(self.wants):
+            model = self.reference.model
+            rows = [row for unit in units for row in unit]
+            device = next(model.parameters()).device
+            flat = data.flatten(rows, device, model.shares_prompts)
+            with torch.no_grad(), parallel.precision(getattr(model, "precision", ""), device):
+                hidden = model.hidden(flat.ids, flat.positions, flat.lengths, flat.predict)
+
+        def extra(logits, targets, chunk):
+            ref_logits = None
+            if model is not None:
+                with torch.no_grad():
+                    ref_logits = model.head(hidden[chunk])
+            return torch.stack([f(logits, targets, ref_logits) for f in self.over_positions])
+        return extra
+
+    # ------------------------------------------------ diagnostics: what the log says of a step
+    watch = metrics.watch
+    report = metrics.report
+    tokens = metrics.tokens
+    first_look = metrics.first_look

@@ -1,0 +1,105 @@
+"""What a run says of itself before and at its first step."""
+
+import atexit
+import inspect
+import shutil
+import tempfile
+import time
+
+from plumbing.formats import counts_line
+from objective import score
+from plumbing import huggingface, parallel
+from plumbing.parallel import say
+
+
+def settings_of(run):
+    """What is about to happen, on what data."""
+    loss = run.recipe.loss
+    equation = (inspect.getdoc(loss) or loss.__name__).splitlines()[0].removesuffix("(B,)").strip()
+    say(f"nanoKTO | --loss {run.config.loss}: {equation}")
+    say(run.source.story)
+    say(f"data: {run.source.format} | {counts_line(run.source.counts)}")
+    if run.source.hint:
+        say(run.source.hint)
+    balance = run.balance_lambdas()
+    if balance:
+        say(balance)
+
+
+def introduce(run):
+    """Every setting with where it came from; the machine; the policy and its reference."""
+    config, by_origin = run.config, {}
+    values = {**run.hyper, **run.options}
+    values |= {key: getattr(config, key) for key in ("lr", "steps", "batch_size", "dtype", "seed")}
+    for name, value in values.items():
+        text = f"{name} {value:g}" if isinstance(value, float) else f"{name} {value}"
+        by_origin.setdefault(run.origin[name], []).append(text)
+    say("settings: " + " | ".join(f"{', '.join(texts)} ({origin})"
+                                  for origin, texts in by_origin.items()))
+    say(f"machine: {parallel.device}, processes: {parallel.size}")
+    weights = sum(p.numel() for p in run.policy.parameters())
+    trained = sum(p.numel() for p in run.policy.parameters() if p.requires_grad)
+    line = f"policy: {config.init}, {weights:,} weights, {trained:,} of them trained"
+    if config.fsdp:
+        line += f", sharded over {parallel.size} processes"
+    if not run.actor.flat:
+        line += " | rows are padded: this architecture does not keep flat ones apart"
+    if not run.actor.chunked:
+        line += " | logits are held whole: this head is not a plain product"
+    say(line + f" | reference: {config.ref}")
+    if run.stages > 1:
+        say(f"{run.stages} stages of {config.steps} steps, each against the policy of the last")
+
+
+TOLERANCE = {"fp64": 1e-9, "fp32": 1e-3, "bf16": 0.1}
+
+
+def check_first_step(look, grad_norm, run):
+    """The self-check of step 0: at equal weights the loss is known, and there is a gradient."""
+    loss, expected, apart = look
+    tolerance = TOLERANCE[run.config.dtype]
+    line = (f"step 0: loss {loss:.6f} (predicted {expected:.6f}) | largest |log-ratio| {apart:.1e} "
+            f"| gradient norm {grad_norm:.3g}")
+    if grad_norm == 0:
+        raise SystemExit(line + " | no gradient: are all weights frozen, or both lambdas 0?")
+    if not run.must_be_equal():
+        return line + " | policy and reference start apart"
+    if apart > tolerance:
+        raise SystemExit(line + " | policy and reference have equal weights, yet a log-ratio "
+                         f"exceeds {tolerance}. Known causes: dropout is on; the reference was measured in "
+                         "another dtype; an adapter is missing from the reference")
+    if abs(loss - expected) > tolerance:
+        raise SystemExit(line + " | the loss is not the value it must have at equal weights")
+    return line + " | ok"
+
+
+def dry_run(run, train_step, make_optimizer):
+    """The first step without the update, then what the whole run would cost."""
+    config = run.config
+    objective = run.begin_stage(0, 0)
+    look = objective.first_look(run.policy, config.micro_batch_size)
+    optimizer = make_optimizer(run.policy, config)
+    line = train_step(run.policy, objective, optimizer, 0, config, update=False)
+    say(check_first_step(look, line["grad_norm"], run))
+    clock = time.perf_counter()
+    train_step(run.policy, objective, optimizer, 0, config, update=False)     # now all is warm
+    per_step = time.perf_counter() - clock
+    some = run.units[:config.batch_size]
+    clock = time.perf_counter()
+    score(run.actor, some)
+    per_unit = (time.perf_counter() - clock) / len(some)
+    passes = len(run.rows_reached(len(run.units))) if objective.reference else 0
+    minutes = (run.stages * config.steps * per_step + passes * per_unit) / 60
+    held = huggingface.memory_estimate(run.actor, tokens=run.policy.token_budget,
+                                       checkpointed=config.checkpoint_activations)
+    say(f"estimate: {run.stages * config.steps} steps of {per_step:.3f} s and {passes:,} rows of "
+        f"the reference: about {minutes:.1f} minutes, base model and evaluation apart")
+    say("memory: " + ", ".join(f"{what} {size / 2**20:,.0f}" for what, size in held.items())
+        + f" MB; nothing was written to {config.out}")
+
+
+def temporary_folder():
+    """One that is gone when the process ends."""
+    folder = tempfile.mkdtemp(prefix="nanokto-dry-run-")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return folder

@@ -1,0 +1,168 @@
+"""What a run needs to go on, and what it leaves.
+
+A checkpoint is a folder of safetensors: the trained weights, AdamW's means of them and a moving
+reference's weights; and state.json: steps done, AdamW's counter, running means. The order of the
+data and every random number are functions of (seed, step), so no generator's state is kept.
+
+torch's distributed checkpoints write and read it, so any number of processes, replicated or
+sharded, goes on from what any other number has written. Nothing is unpickled. A folder is written
+beside and renamed: it is whole, or not there. The last two are kept.
+"""
+
+import json
+import os
+import shutil
+import warnings
+from pathlib import Path
+
+import torch
+import torch.distributed.checkpoint as dcp
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from plumbing import parallel
+from plumbing.rundir import commit, write  # noqa: F401  (others ask here for the commit)
+
+warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+
+
+# --- checkpoints --------------------------------------------------------------------------------
+
+def contents(policy, optimizer, reference=None):
+    """All tensors of a checkpoint by name. Loading fills them in place."""
+    tensors = {}
+    for name, p in policy.named_parameters():
+        if p.requires_grad:
+            tensors[f"policy.{name}"] = p.detach()
+            tensors[f"exp_avg.{name}"] = optimizer.state[p]["exp_avg"]
+            tensors[f"exp_avg_sq.{name}"] = optimizer.state[p]["exp_avg_sq"]
+    if reference is not None:
+        for name, p in reference.named_parameters():
+            tensors[f"reference.{name}"] = p.detach()
+    return tensors
+
+
+def save(folder, step, policy, optimizer, running, reference=None):
+    """Write checkpoint `step`, which means: this many steps are done."""
+    path = Path(folder) / f"step-{step:06d}"
+    beside = path.with_suffix(".tmp")
+    if parallel.rank == 0:
+        shutil.rmtree(beside, ignore_errors=True)
+        beside.mkdir(parents=True)
+    parallel.barrier()
+    tensors = contents(policy, optimizer, reference)
+    # A file is put together in main memory: 64 tensors at a time.
+    files = {name: 1 + k // 64 for k, name in enumerate(sorted(tensors))}
+    try:
+        dcp.save(tensors, storage_writer=dcp.HuggingFaceStorageWriter(
+            str(beside), fqn_to_index_mapping=files, save_distributed=True))
+        if parallel.rank == 0:
+            updates = max(int(state["step"]) for state in optimizer.state.values())
+            state = {"step": step, "updates": updates, "running": running,
+                     "files": len(list(beside.glob("*.safetensors")))}
+            write(beside / "state.json", json.dumps(state))
+            shutil.rmtree(path, ignore_errors=True)
+            os.replace(beside, path)
+            for old in saved(folder)[:-2]:
+                shutil.rmtree(old)
+    except (OSError, dcp.CheckpointException) as e:
+        raise SystemExit(f"{path}: the checkpoint cannot be written ({one_line(e)}); "
+                         "the ones before it are untouched: make room, then --resume") from None
+    parallel.barrier()
+
+
+def load(folder, policy, optimizer, running, reference=None):
+    """Fill in everything from the newest checkpoint that can be read.   -> steps done"""
+    for path in reversed(saved(folder)):
+        try:
+            state = json.loads((path / "state.json").read_text())
+            check(path, state)
+            reader = dcp.HuggingFaceStorageReader(str(path))
+            dcp.load(contents(policy, optimizer, reference), storage_reader=reader)
+        except (OSError, ValueError, KeyError, TypeError, RuntimeError,
+                dcp.CheckpointException) as e:
+            parallel.say(f"--resume: {path} cannot be read ({one_line(e)}); "
+                         "going back to the one before it")
+            continue
+        for of_weight in optimizer.state.values():
+            of_weight["step"].fill_(state["updates"])
+        running.update(state["running"])
+        return state["step"]
+    if saved(folder):
+        raise SystemExit(f"--resume: no checkpoint in {folder} can be read; --overwrite starts "
+                         "again")
+    return 0
+
+
+def check(path, state):
+    """dcp would leave out a file that is missing, and say nothing."""
+    found = len(list(path.glob("*.safetensors")))
+    if found != state["files"]:
+        raise ValueError(f"{found} of {state['files']} files are there")
+
+
+def saved(folder):
+    return sorted(path for path in Path(folder).glob("step-*") if not path.suffix)
+
+
+def steps_done(folder):
+    """What the newest checkpoint says, without reading its tensors; 0 without any."""
+    for path in reversed(saved(folder)):
+        try:
+            return json.loads((path / "state.json").read_text())["step"]
+        except (OSError, ValueError, KeyError):
+            continue
+    return 0
+
+
+# --- the model and the reference's table --------------------------------------------------------
+
+def export(policy, folder, *, eot, adapter=False):
+    """The model in Hugging Face format, whole or absent. Weights of a sharded one are gathered."""
+    folder = Path(folder)
+    beside = folder.with_suffix(".tmp")
+    weights = {}
+    for name, p in policy.named_parameters():
+        if parallel.sharded(policy):
+            gathered = parallel.whole(p.detach())
+            if parallel.rank == 0:
+                weights[name] = gathered.cpu()
+    if parallel.rank == 0:
+        shutil.rmtree(beside, ignore_errors=True)
+        how = {"eot": eot}
+        if weights:
+            how["weights"] = weights
+        if adapter:
+            how["adapter"] = True
+        policy.save(beside, **how)
+    parallel.barrier()
+    return beside
+
+
+def put_in_place(beside, folder):
+    """`beside` becomes `folder`, by process 0."""
+    if parallel.rank == 0:
+        shutil.rmtree(folder, ignore_errors=True)
+        os.replace(beside, folder)
+    parallel.barrier()
+
+
+def save_table(path, table):
+    if parallel.rank == 0:
+        beside = path.with_suffix(".tmp")
+        save_file({"logps": table}, beside)
+        os.replace(beside, path)
+    parallel.barrier()
+
+
+def load_table(path):
+    with safe_open(path, "pt") as file:
+        return file.get_tensor("logps")
+
+
+def one_line(error):
+    """One line of an exception; of a collective's, the first process's."""
+    failures = getattr(error, "failures", None)
+    if failures:
+        error = next(iter(failures.values()))[0]
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"

@@ -1,0 +1,507 @@
+"""Any Hugging Face causal language model behind the GPT's call, and LoRA adapters on it.
+
+A model's config cannot be trusted to say how it works, so three questions are put to the model
+itself: do its tokens see later ones, do sequences in one row see each other, is our output head
+its own. The answers choose a slower path that is right, or stop.
+
+What transformers only warns of, such as weights that are missing or NaN, is an error here.
+"""
+
+import copy
+import json
+import re
+import warnings
+from contextlib import contextmanager
+from pathlib import Path
+from types import SimpleNamespace
+
+import torch
+import torch.nn as nn
+from safetensors.torch import load_file
+
+from model import GPT, Policy, compile_head, fuse
+
+SIXTEEN_BITS = (torch.bfloat16, torch.float16)
+
+
+class HFPolicy(Policy):
+    """transformers' causal LM as a policy. `lora`: train an adapter of that rank, nothing else."""
+
+    rows_at_once = 64
+    generation_config = None  # text of the source's generation_config.json, for `save`
+
+    def __init__(self, lm, *, lora=0, seed=0):
+        super().__init__()
+        from transformers import GenerationConfig
+        self.lm = lm.eval()  # no dropout: policy and reference must agree
+        lm.generation_config = GenerationConfig()  # the folder's may hold penalties
+        c = lm.config.get_text_config()
+        self.vocab_size = c.vocab_size
+        self.context = getattr(c, "max_position_embeddings", None)
+        self.context = self.context or getattr(c, "n_positions", 1024)
+        # What heads do after the product: Cohere multiplies, Granite divides, Gemma caps.
+        self.scale = getattr(c, "logit_scale", None) or 1
+        self.scale /= getattr(c, "logits_scaling", None) or 1
+        self.softcap = getattr(c, "final_logit_softcapping", None)
+        self.chunked = self._head_is_ours()
+        self._check_causal()
+        self.flat = self._keeps_apart()
+        if not self.flat or "flash" not in (lm.config._attn_implementation or ""):
+            # Attention over a flat row then costs N x N, which a CPU feels first.
+            self.token_budget = 512 if self.flat and lm.device.type == "cpu" else 2048
+        # Not a submodule: its weights are those of lm.
+        object.__setattr__(self, "peft", add_lora(lm, lora, seed) if lora else None)
+
+    # --- three questions to the model
+
+    @torch.no_grad()
+    def _check_causal(self):
+        """A later token must not change an earlier one's output."""
+        ids, _ = self._probe_row(9)
+        changed = ids.clone()
+        changed[7:] = (ids[7:] + 1) % self.vocab_size
+        if not same(self._run(ids[None])[0, :7], self._run(changed[None])[0, :7], 1e-5, 0.03):
+            raise SystemExit(f"--model {self.lm.name_or_path}: its tokens see later ones, "
+                             "a causal language model is needed")
+
+    @torch.no_grad()
+    def _keeps_apart(self):
+        """Do two sequences in one row, with restarting position_ids, give what they give alone?
+
+        And does the second not notice a change of the first? That is exact in 16 bits too, where
+        rounding would hide a small leak. A small sliding window is shorter than the sequences.
+        """
+        window = getattr(self.lm.config.get_text_config(), "sliding_window", None) or 0
+        first = 5 + (window if window <= 512 else 0)
+        ids, positions = self._probe_row(first, first + 1)
+        changed = ids.clone()
+        changed[:first] = (ids[:first] + 1) % self.vocab_size
+        try:
+            row = self._run(ids[None], positions[None])[0]
+            changed_row = self._run(changed[None], positions[None])[0]
+        except TypeError:  # no position_ids at all
+            return False
+        alone = [self._run(part[None])[0] for part in ids.split([first, first + 1])]
+        unmoved = same(row[first:], changed_row[first:], 1e-5, 0.0)
+        return unmoved and same(row, torch.cat(alone), 1e-3, 0.1)
+
+    @torch.no_grad()
+    def _head_is_ours(self):
+        """Does `head` of the decoder's output give the model's own logits?
+
+        The output is enlarged more and more along the row, so that any cap shows.
+        """
+        decoder, head = self.lm.get_decoder(), self.lm.get_output_embeddings()
+        if decoder is self.lm or head is None:
+            return False
+        seen = []
+
+        def enlarge(module, args, out):
+            factors = torch.logspace(-1, 2, 9).to(out.last_hidden_state)
+            out.last_hidden_state = out.last_hidden_state * factors[:, None]
+            seen.append(out.last_hidden_state)
+            return out
+
+        hook = decoder.register_forward_hook(enlarge)
+        try:
+            ids, _ = self._probe_row(9)
+            logits = self.lm(input_ids=ids[None], use_cache=False).logits
+        finally:
+            hook.remove()
+        if not seen:  # its forward goes another way
+            return False
+        ours = self._scale_and_cap(head(seen[0]))
+        size = logits.abs().amax(-1, keepdim=True).clamp(min=1e-6)  # of each position
+        return ours.shape == logits.shape and same(ours / size, logits / size, 1e-3, 0.02)
+
+    def _probe_row(self, *lengths):
+        """A flat row of made-up tokens, and its positions."""
+        device = next(self.lm.parameters()).device
+        ids = (torch.arange(sum(lengths), device=device) * 7 + 3) % self.vocab_size
+        return ids, torch.cat([torch.arange(n, device=device) for n in lengths])
+
+    # --- what model.Policy asks for
+
+    def hidden(self, ids, positions, lengths, predict):
+        """What `head` sees at the `predict` positions.   (M, d), or (M, V) if not `chunked`"""
+        if self.flat:
+            return self._run(ids[None], positions[None])[0][predict]
+        return self._padded(ids, list(lengths))[predict]
+
+    def head(self, hidden):
+        if not self.chunked:  # then hidden is the model's own logits
+            return hidden
+        return self._scale_and_cap(self.lm.get_output_embeddings()(hidden))
+
+    def head_weight(self):
+        head = self.lm.get_output_embeddings()
+        if self.chunked and self.scale == 1 and self.softcap is None:
+            if type(head) is nn.Linear and head.bias is None:
+                return head.weight
+        return None
+
+    def _run(self, rows, positions=None):
+        """The decoder's output, or the logits if the head is not ours.   (B, T) -> (B, T, d)"""
+        inputs = {"input_ids": rows, "use_cache": False}  # with a cache sequences see each other
+        if positions is not None:
+            inputs["position_ids"] = positions
+        if self.chunked:
+            return self.lm.get_decoder()(**inputs).last_hidden_state
+        return self.lm(**inputs).logits
+
+    def _padded(self, ids, lengths):
+        """The same (N, d) from padded rows. Pads stand on the right, where nobody sees them."""
+        sequences = ids.split(lengths)
+        out = [None] * len(lengths)
+        for group in groups_of_like_length(lengths):
+            rows = [sequences[i] for i in group]
+            hidden = self._run(nn.utils.rnn.pad_sequence(rows, batch_first=True))
+            for i, row in zip(group, hidden):
+                out[i] = row[:lengths[i]]
+        return torch.cat(out)
+
+    def _scale_and_cap(self, logits):
+        if self.scale != 1:
+            logits = logits * self.scale
+        if self.softcap is not None:
+            logits = torch.tanh(logits / self.softcap) * self.softcap
+        return logits
+
+    def train(self, mode=True):
+        """Never in training mode, which means dropout."""
+        return super().train(False)
+
+    def reference(self):
+        """The policy before training, without a copy of its weights."""
+        return AdapterOff(self)
+
+    def blocks(self, flag):
+        from transformers.modeling_layers import GradientCheckpointingLayer
+        found = [m for m in self.lm.modules() if isinstance(m, GradientCheckpointingLayer)]
+        if not found:
+            raise SystemExit(f"--{flag}: transformers does not mark the layers of "
+                             f"model_type {self.lm.config.model_type!r}")
+        return found
+
+    def compile_layers(self):
+        compile_head()
+        for block in self.blocks("compile"):
+            block.forward = fuse(block.forward)
+        # With a cache, layers would be compiled one by one.
+        self.write = torch.compiler.set_stance("force_eager")(self.write)
+
+    def write(self, prompts, noise, eot, room, choose):
+        """One batch of `generate`, by transformers' own, with a cache. Pads stand on the left."""
+        width = max(len(prompt) for prompt in prompts)
+        pads = [width - len(prompt) for prompt in prompts]
+        ids = [[eot] * pad + list(prompt) for pad, prompt in zip(pads, prompts)]
+        ids = torch.tensor(ids, device=noise.device)
+        mask = [[0] * pad + [1] * (width - pad) for pad in pads]
+        mask = torch.tensor(mask, device=noise.device)
+
+        def only_our_choice(ids, logits):
+            token = choose(logits, noise[:, ids.shape[1] - width])
+            return torch.full_like(logits, -torch.inf).scatter(1, token[:, None], 0.0)
+
+        grown = self.lm.generate(
+            ids, attention_mask=mask, max_new_tokens=noise.shape[1], eos_token_id=eot,
+            pad_token_id=eot, do_sample=False, logits_processor=[only_our_choice])
+        responses = []
+        for prompt, row in zip(prompts, grown[:, width:].tolist()):
+            response = row[:room - len(prompt)]
+            if eot in response:
+                response = response[:response.index(eot) + 1]
+            responses.append(response)
+        return responses
+
+    def save(self, folder, *, eot=None, adapter=False, weights=None):
+        """The whole model, an adapter merged into it; or, with `adapter`, the adapter alone.
+
+        `weights`: by name, where this module holds only a shard of them.
+        """
+        if adapter:
+            if self.sft_adapter:
+                raise SystemExit(f"--save adapter: its base has {self.sft_adapter} merged into it, "
+                                 "which no adapter folder can say; save it merged")
+            self.peft.save_pretrained(folder, save_embedding_layers=False)
+            return
+        lm = self.lm
+        if self.peft is not None:
+            # A copy, because merging in and out again would leave rounding in frozen weights.
+            lm = copy.deepcopy(self.peft).merge_and_unload()
+        if weights:
+            weights = {name.removeprefix("lm."): p for name, p in weights.items()}
+        lm.save_pretrained(folder, state_dict=weights)
+        file = Path(folder) / "generation_config.json"  # ours is empty; keep the source's
+        file.unlink(missing_ok=True)
+        if self.generation_config is not None:
+            file.write_text(self.generation_config)
+
+
+class AdapterOff:
+    """A policy with its adapter switched off, without gradient. All else is the policy's own."""
+
+    def __init__(self, policy):
+        self.policy = policy
+
+    def __call__(self, *args, **settings):
+        return self._without_adapter(self.policy)(*args, **settings)
+
+    def __getattr__(self, name):
+        found = getattr(self.policy, name)
+        if name in ("hidden", "head", "generate"):
+            return self._without_adapter(found)
+        return found
+
+    def _without_adapter(self, method):
+        def call(*args, **settings):
+            with torch.no_grad(), self.policy.peft.disable_adapter():
+                return method(*args, **settings)
+        return call
+
+    def requires_grad_(self, mode=True):
+        return self  # its weights are the policy's, which is being trained
+
+
+class TokenClassifier(nn.Module):
+    """transformers' sequence classifier, dressed as a causal LM with one logit per token.
+
+    So `HFPolicy` takes it. Its own pooling is left out: it looks for a pad, and finds one in every
+    end-of-text where both have the same id.
+    """
+
+    def __init__(self, folder, dtype, flag):
+        super().__init__()
+        from transformers import AutoModelForSequenceClassification
+        with broken_folder(flag, folder):
+            self.classifier = AutoModelForSequenceClassification.from_pretrained(
+                folder, num_labels=1, dtype=dtype, use_safetensors=True, local_files_only=True)
+        if not isinstance(getattr(self.classifier, "score", None), nn.Linear):
+            raise SystemExit(f"--{flag} {folder}: {type(self.classifier).__name__} keeps its head "
+                             "elsewhere than in `score`")
+        self.config = self.classifier.config
+        self.name_or_path = str(folder)
+        if self.config.pad_token_id == self.config.eos_token_id:
+            self.config.pad_token_id = None
+
+    @property
+    def device(self):
+        return self.classifier.device
+
+    def get_decoder(self):
+        return self.classifier.base_model
+
+    def get_output_embeddings(self):
+        return self.classifier.score
+
+    def forward(self, **inputs):
+        hidden = self.classifier.base_model(**inputs).last_hidden_state
+        return SimpleNamespace(logits=self.classifier.score(hidden))
+
+
+def same(a, b, wide, narrow):
+    """Equal but for rounding: up to `narrow` in 16 bits, else up to `wide`."""
+    tolerance = narrow if a.dtype in SIXTEEN_BITS else wide
+    return bool((a - b).abs().max() <= tolerance * b.abs().max().clamp(min=1))
+
+
+def groups_of_like_length(lengths):
+    """[3, 40, 38, 4] -> [[0], [3], [2, 1]]: at most an eighth of a padded group is padding."""
+    groups, tokens = [], 0
+    for i in sorted(range(len(lengths)), key=lengths.__getitem__):
+        tokens += lengths[i]
+        if groups and lengths[i] * (len(groups[-1]) + 1) * 7 <= tokens * 8:
+            groups[-1].append(i)
+        else:
+            groups.append([i])
+            tokens = lengths[i]
+    return groups
+
+
+# --- folders ---------------------------------------------------------------------------------
+
+@contextmanager
+def broken_folder(flag, folder):
+    """A folder can be broken in many ways. Each becomes one line that names it."""
+    try:
+        yield
+    except Exception as error:
+        reason = " ".join(str(error).split())[:300]
+        raise SystemExit(f"--{flag} {folder}: cannot be loaded ({type(error).__name__}: {reason})"
+                         ) from None
+
+
+def local_folder(name, flag="model", *, trust_remote_code=False):
+    """The folder of that name, or else the hub's files of that name, downloaded."""
+    is_hub_name = re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", str(name))
+    if Path(name).is_dir() or not is_hub_name:
+        return Path(name)
+    from huggingface_hub import snapshot_download
+    files = ["config.json", "*model*.safetensors", "*.safetensors.index.json", "*token*", "vocab*",
+             "adapter_config.json", "generation_config.json", "merges.txt", "*.jinja"]
+    if trust_remote_code:
+        files.append("*.py")
+    with broken_folder(flag, name):
+        return Path(snapshot_download(str(name), allow_patterns=files, ignore_patterns=["*/*"]))
+
+
+def adapter_base(folder, flag="model"):
+    """The base model's folder or hub name if `folder` holds a peft adapter, else None."""
+    path = Path(folder) / "adapter_config.json"
+    if not path.is_file():
+        return None
+    base = json.loads(path.read_text()).get("base_model_name_or_path")
+    if not base:
+        raise SystemExit(f"--{flag} {folder}: adapter_config.json names no base_model_name_or_path")
+    return base
+
+
+def read_model_config(folder, flag="model"):
+    """config.json of the model in `folder`, or of the base if it holds an adapter."""
+    base = adapter_base(folder, flag)
+    if base:
+        return read_model_config(local_folder(base, flag), flag)
+    path = Path(folder) / "config.json"
+    if not path.is_file():
+        raise SystemExit(f"--{flag} {folder}: no config.json there; "
+                         "expected a folder with a model in Hugging Face format")
+    with broken_folder(flag, folder):
+        return json.loads(path.read_text())
+
+
+def weight_files(folder, flag="model"):
+    files = sorted(Path(folder).glob("*.safetensors"))
+    if not files:
+        raise SystemExit(f"--{flag} {folder}: no *.safetensors there; "
+                         "only safetensors weights are loaded")
+    return files
+
+
+# --- loading ---------------------------------------------------------------------------------
+
+def load_policy(folder, *, device="cpu", dtype=torch.float32, lora=0, seed=0,
+                trust_remote_code=False, flag="model"):
+    """The causal LM in `folder` or of that hub name: our GPT if we wrote it, else an `HFPolicy`.
+
+    A folder with an adapter is its base with the adapter merged in, so that training and its
+    reference start from both. `lora`: rank of a fresh adapter, which alone is then trained.
+    """
+    name = folder
+    folder = local_folder(name, flag, trust_remote_code=trust_remote_code)
+    base = adapter_base(folder, flag)
+    source = folder
+    if base:
+        source = local_folder(base, flag, trust_remote_code=trust_remote_code)
+    own = "nanokto" in read_model_config(source, flag)
+    if own and (lora or base):
+        raise SystemExit(f"--{flag} {folder}: this project's small GPT takes no adapters (--lora)")
+    for place in (source, folder):
+        weight_files(place, flag)
+    with broken_folder(flag, folder):
+        if own:
+            net = GPT.from_pretrained(folder, device=device, dtype=dtype)
+        else:
+            net = load_lm(source, dtype, trust_remote_code, flag).to(device)
+        if base:
+            net = merge_adapter(net, folder, flag)
+    for tensor, p in net.named_parameters():
+        if p.numel() and not all(end.isfinite() for end in p.detach().aminmax()):
+            raise SystemExit(f"--{flag} {folder}: NaN or infinity in {tensor}")
+    if own:
+        return net
+    policy = HFPolicy(net, lora=lora, seed=seed)
+    if (source / "generation_config.json").is_file():
+        policy.generation_config = (source / "generation_config.json").read_text()
+    if base:
+        policy.sft_adapter = str(folder)
+    if lora:
+        # How the adapter's folder will name its base: a path good from anywhere, or the hub's name.
+        name = Path(name).resolve() if Path(name).is_dir() else name
+        policy.peft.active_peft_config.base_model_name_or_path = str(name)
+    return policy
+
+
+def load_lm(folder, dtype, trust_remote_code, flag):
+    """transformers' causal LM. Weights that it would leave at random numbers are an error."""
+    from transformers import AutoModelForCausalLM
+    from transformers.utils import is_flash_attn_2_available, logging
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()  # our one line replaces its tables
+    lm, info = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=dtype, use_safetensors=True, local_files_only=True,
+        trust_remote_code=trust_remote_code, output_loading_info=True)
+    for name in sorted(info["missing_keys"]):
+        raise SystemExit(f"--{flag} {folder}: no tensor {name!r} in its safetensors files")
+    if torch.cuda.is_available() and dtype in SIXTEEN_BITS and is_flash_attn_2_available():
+        if lm._supports_flash_attn:  # flat rows then cost no N x N
+            lm.set_attn_implementation("flash_attention_2")
+    return lm
+
+
+# --- adapters: LoRA (Hu et al. 2021, arXiv 2106.09685), by the peft library -------------------
+
+def peft_library(flag):
+    try:
+        import peft
+    except ImportError:
+        raise SystemExit(f"--{flag}: needs the peft package (pip install peft)") from None
+    return peft
+
+
+def add_lora(lm, rank, seed=0):
+    """W + 2 B A on every linear layer but the head. W is frozen; B = 0: it starts as the model.
+
+    A is random and depends on `seed` alone, so that all processes have the same.
+    """
+    peft = peft_library("lora")
+    config = peft.LoraConfig(task_type="CAUSAL_LM", r=rank, lora_alpha=2 * rank,
+                             target_modules="all-linear", lora_dropout=0.0)
+    devices = [lm.device] if lm.device.type == "cuda" else []
+    with warnings.catch_warnings(action="ignore"), torch.random.fork_rng(devices=devices):
+        torch.manual_seed(seed)
+        return peft.get_peft_model(lm, config)
+
+
+def merge_adapter(lm, folder, flag="model"):
+    """lm with the adapter in `folder` added to its weights, all of them trainable."""
+    peft = peft_library(flag)
+    stored = load_file(Path(folder) / "adapter_model.safetensors")
+    with warnings.catch_warnings(action="ignore"):  # what peft warns of is an error below
+        model = peft.PeftModel.from_pretrained(lm, folder)
+    wanted = peft.get_peft_model_state_dict(model, save_embedding_layers=False)
+    for name in sorted(wanted.keys() ^ stored.keys()):
+        raise SystemExit(f"--{flag} {folder}: the adapter does not fit its base: {name!r}")
+    return model.merge_and_unload().requires_grad_(True)
+
+
+# --- memory ----------------------------------------------------------------------------------
+
+def memory_estimate(net, *, tokens, checkpointed=False, reference=False, state_bytes=8,
+                    activation_bytes=2):
+    """Bytes that training will hold, by what holds them.   `tokens`: of the largest forward
+
+    Rules of thumb for a decoder with a gated MLP: a token leaves 8 d + 4 d_mlp numbers in each
+    layer; checkpointed it leaves d, and one layer at a time is recomputed. A logit costs 14
+    bytes: in 16 bits, in float32, its softmax, its gradient.
+    """
+    net = getattr(net, "lm", net)
+    c = net.config
+    if isinstance(net, GPT):
+        d, layers, mlp = c.d_model, c.n_layer, 4 * c.d_model
+    else:
+        c = c.get_text_config()
+        d, layers = c.hidden_size, c.num_hidden_layers
+        mlp = getattr(c, "intermediate_size", None) or getattr(c, "n_inner", None) or 4 * d
+    weights = list(net.parameters())
+    trained = [p for p in weights if p.requires_grad]
+    size = sum(p.numel() * p.element_size() for p in weights)
+    layer = tokens * (8 * d + 4 * mlp) * activation_bytes
+    activations = layers * layer
+    if checkpointed:
+        activations = layers * tokens * d * activation_bytes + layer
+    return {"weights": size,
+            "gradients": sum(p.numel() * p.element_size() for p in trained),
+            "optimizer": sum(p.numel() for p in trained) * state_bytes,
+            "activations": activations,
+            "head": 14 * min(tokens * c.vocab_size, max(c.vocab_size, 2 ** 26)),
+            "reference": size if reference else 0}

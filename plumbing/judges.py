@@ -1,0 +1,197 @@
+"""Comparisons that others judge: texts kept in a file, blinded pairs, verdicts, length control.
+
+A comparison is comparison.jsonl in a run's folder: one answer of each model to each prompt, sampled
+once, so that every judge reads the same texts. For people or an LLM it is exported as blinded
+pairs; their verdicts, read back, become wins: 1 policy, 0 reference, 1/2 tie.
+"""
+
+import hashlib
+import json
+from pathlib import Path
+
+import numpy as np
+
+from plumbing.formats import Turn
+
+
+# --- the run's folder -----------------------------------------------------------------------------
+
+def read_result(out):
+    """The content of eval.json; {} where there is none."""
+    file = Path(out) / "eval.json"
+    return json.loads(file.read_text()) if file.is_file() else {}
+
+
+def save_result(out, result):
+    (Path(out) / "eval.json").write_text(json.dumps(result, indent=2) + "\n")
+
+
+def prompt_text(prompt):
+    """A prompt for people to read: its text, or "role: ..." for each turn."""
+    if isinstance(prompt, str):
+        return prompt
+    return "\n".join(f"{turn.role}: {turn.content}" for turn in prompt)
+
+
+def write_comparison(out, rows):
+    """rows: {"prompt", "reference", "policy", "lengths"}.   -> the file's hash"""
+    lines = []
+    for row in rows:
+        if not isinstance(row["prompt"], str):
+            row = row | {"prompt": [turn._asdict() for turn in row["prompt"]]}
+        lines.append(json.dumps(row, ensure_ascii=False) + "\n")
+    (Path(out) / "comparison.jsonl").write_text("".join(lines), encoding="utf-8")
+    return _digest(out)
+
+
+def kept_comparison(out):
+    """(rows, how they were sampled); ([], {}) where there is none of the run's present model.
+
+    eval.json holds the file's hash, and a run that goes on writes eval.json anew.
+    """
+    note = read_result(out).get("comparison")
+    if not note or _digest(out) != note["sha256"]:
+        return [], {}
+    text = (Path(out) / "comparison.jsonl").read_text(encoding="utf-8")
+    rows = [json.loads(line) for line in text.split("\n") if line]
+    for row in rows:
+        if not isinstance(row["prompt"], str):
+            row["prompt"] = tuple(Turn(**turn) for turn in row["prompt"])
+    return rows, note
+
+
+def _digest(out):
+    file = Path(out) / "comparison.jsonl"
+    return hashlib.sha256(file.read_bytes()).hexdigest() if file.is_file() else None
+
+
+# --- blinded pairs and their verdicts -------------------------------------------------------------
+
+def export_pairs(out, rows, file):
+    """Every pair twice, sides swapped, in one shuffled order: lines {"id", "prompt", "a", "b"}."""
+    lines = []
+    for name, (i, side) in _places(out, rows).items():
+        first, second = rows[i]["policy"], rows[i]["reference"]
+        if side == "b":
+            first, second = second, first
+        pair = {"id": name, "prompt": prompt_text(rows[i]["prompt"]), "a": first, "b": second}
+        lines.append(json.dumps(pair, ensure_ascii=False) + "\n")
+    Path(file).write_text("".join(lines), encoding="utf-8")
+
+
+def _places(out, rows):
+    """id of a line -> (pair, where the policy stands: "a" or "b"), in the order of the export.
+
+    An id is the comparison's hash and the line's number, and the hash seeds the order: an export
+    can be made again, it fits no other texts, and a stranger learns nothing from it.
+    """
+    digest = _digest(out)[:8]
+    places = [(i, side) for i in range(len(rows)) for side in "ab"]
+    order = np.random.default_rng(int(digest, 16)).permutation(len(places))
+    return {f"{digest}-{k:05d}": places[j] for k, j in enumerate(order)}
+
+
+def read_verdicts(out, rows, file):
+    """(wins, facts) from lines {"id", "verdict": "a" | "b" | "tie"}; more columns are ignored.
+
+    wins (n,): the mean over a pair's verdicts. Opposite ones in the two orders are about the place
+    and not about the text, and count half for each side.
+    facts: `disagreement`, of the pairs judged in both orders the share whose verdicts differ;
+    `position_bias`, the share of "a" among all "a" and "b"; `one_order`, pairs judged in one order.
+    """
+    places = _places(out, rows)
+    given = [{} for _ in rows]          # of each pair: where the policy stood -> its win
+    said = []
+    for number, line in enumerate(_read_text(file).split("\n"), 1):
+        if not line.strip():
+            continue
+        where = f"--verdicts {file}: line {number}"
+        name, verdict = _parse_verdict(line, where)
+        if name not in places:
+            raise SystemExit(f"{where}: id {name!r} is not of an export of the present texts; "
+                             f"their ids go from {min(places)} to {max(places)}")
+        i, side = places[name]
+        if side in given[i]:
+            raise SystemExit(f"{where}: id {name!r} has a verdict already")
+        given[i][side] = 0.5 if verdict == "tie" else float(verdict == side)
+        said.append(verdict)
+    missing = [i for i, verdicts in enumerate(given) if not verdicts]
+    if missing:
+        ids = [name for name, (i, _) in places.items() if i == missing[0]]
+        raise SystemExit(f"--verdicts {file}: {len(missing)} of {len(rows)} pairs have no verdict, "
+                         f"the first is {' or '.join(ids)}; one order is enough")
+    wins = np.array([np.mean(list(verdicts.values())) for verdicts in given])
+    return wins, _facts(given, said)
+
+
+def _read_text(file):
+    try:
+        return Path(file).read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise SystemExit(f"--verdicts {file}: {error}") from None
+
+
+def _parse_verdict(line, where):
+    try:
+        record = json.loads(line)
+        name, verdict = record["id"], record["verdict"].strip().lower()
+        valid = verdict in ("a", "b", "tie") and isinstance(name, str)
+    except (ValueError, KeyError, TypeError, AttributeError):   # no JSON, or none of this shape
+        valid = False
+    if not valid:
+        raise SystemExit(f"{where}: expected {{\"id\": \"...\", \"verdict\": \"a\", \"b\" or "
+                         f"\"tie\"}}, got {line.strip()[:60]}")
+    return name, verdict
+
+
+def _facts(given, said):
+    differs = [len(set(verdicts.values())) > 1 for verdicts in given if len(verdicts) == 2]
+    ties = [set(verdicts.values()) == {0.5} for verdicts in given]
+    first, second = said.count("a"), said.count("b")
+    return {
+        "ties": sum(ties),
+        "disagreement": float(np.mean(differs)) if differs else None,
+        "position_bias": first / (first + second) if first + second else None,
+        "one_order": len(given) - len(differs),
+    }
+
+
+# --- the win rate at equal lengths ----------------------------------------------------------------
+
+def length_controlled(wins, differences, *, ridge=1e-3):
+    """The win rate at equal lengths: sigma(a), with P(win) = sigma(a + b tanh(d / std(d))).
+
+    Paper: Dubois, Galambosi, Liang, Hashimoto 2024, Length-Controlled AlpacaEval,
+    arXiv 2404.04475. Departure: no term for the difficulty of each instruction, which takes the
+    verdicts on many models.
+    wins (n,): 1, 0, or 1/2 for a tie. differences d (n,): the policy's length minus the
+    reference's, scaled but not centred: 0 means equal lengths.
+    a and b maximise the log-likelihood minus ridge/2 (a^2 + b^2), by Newton's method. The ridge
+    keeps them finite where one side wins everything or length alone decides.
+    None where all differences are the same but not 0: nothing tells what is due to length.
+    """
+    y = np.asarray(wins, float)
+    d = np.asarray(differences, float)
+    if d.std() == 0:
+        return None if d.any() else float(y.mean())
+    x = np.stack([np.ones_like(d), np.tanh(d / d.std())], 1)            # (n, 2)
+    w = np.zeros(2)                                                     # a, b
+
+    def loss(w):
+        return (np.logaddexp(0, x @ w) - y * (x @ w)).sum() + ridge / 2 * w @ w
+
+    for _ in range(100):
+        p = _sigma(x @ w)
+        gradient = x.T @ (p - y) + ridge * w
+        hessian = (x.T * (p * (1 - p))) @ x + ridge * np.eye(2)
+        step = np.linalg.solve(hessian, gradient)
+        while loss(w - step) > loss(w):                                 # on a flat tail: too far
+            step /= 2
+        w = w - step
+        if np.abs(step).max() < 1e-12:
+            break
+    return float(_sigma(w[0]))
+
+
+def _sigma(x):
+    return 0.5 * (1 + np.tanh(x / 2))                                   # without exp's overflow

@@ -1,0 +1,96 @@
+"""What the log says of a step on preferences, and what step 0 must look like.
+
+Every metric is a sum and a count, summed over parts and processes once, so it is over the whole
+batch however that is split. `self` is an objective.Preferences: it takes these as its methods.
+"""
+
+import torch
+
+from plumbing import parallel
+
+
+def watch(self, part, losses):
+    """Sums over these examples.   -> {name: tensor ()}"""
+    own = part.logps.detach()[:, :2]                         # SLiC's third response is neither
+    thumbs = [[row.desirable for row in unit[:2]] for unit in part.units]
+    up = torch.tensor(thumbs, device=own.device)             # (b, rows), as `own`
+    good = up.to(own.dtype)
+    bad = 1 - good
+    sums = {"loss": losses.detach().sum().to(own.dtype),
+            "units": own.new_tensor(len(own)), "good": good.sum(), "bad": bad.sum(),
+            "logps/chosen": (good * own).sum(), "logps/rejected": (bad * own).sum()}
+    if part.ref_logps is None:
+        return sums
+    ratios = own - part.ref_logps[:, :2]
+    beta = self.hyper.get("beta") or 1.0
+    if ratios.shape[1] > 1:
+        right = (ratios[:, 0] > ratios[:, 1]) == up[:, 0]
+    else:
+        z0 = clamped_mean(part.known.get("kl_logratios", []))
+        right = torch.where(up, ratios > z0, ratios < z0)
+    return sums | {"rewards/chosen": beta * (good * ratios).sum(),
+                   "rewards/rejected": beta * (bad * ratios).sum(),
+                   "rewards/accuracies": right.to(own.dtype).sum()}
+
+
+def report(self, sums, batch):
+    """The metrics of a step. A class that is absent from the batch gives None, never NaN."""
+    def mean(name, count):
+        return sums[name] / sums[count] if sums[count] else None
+
+    line = {"loss": sums["loss"] / batch.n,
+            "logps/chosen": mean("logps/chosen", "good"),
+            "logps/rejected": mean("logps/rejected", "bad")}
+    if "kl_logratios" in batch.known:
+        ratios = batch.known["kl_logratios"]
+        line["z0"] = clamped_mean(ratios)
+        line["z0_raw"] = float(ratios.sum()) / max(1, len(ratios))
+    if "rewards/chosen" in sums:
+        good = mean("rewards/chosen", "good")
+        bad = mean("rewards/rejected", "bad")
+        margin = None if good is None or bad is None else good - bad
+        line |= {"rewards/chosen": good, "rewards/rejected": bad, "rewards/margins": margin,
+                 "rewards/accuracies": mean("rewards/accuracies", "units")}
+    return line
+
+
+def clamped_mean(kl_logratios):
+    """KTO's z0: mean first, then the clamp; 0 of an empty tensor."""
+    if not len(kl_logratios):
+        return 0.0
+    return max(0.0, float(kl_logratios.mean()))
+
+
+def tokens(self, batch):
+    """Tokens that the step trains on: prompts and responses."""
+    return sum(len(row.ids) for unit in batch.units for row in unit[:self.trained])
+
+
+@torch.no_grad()
+def first_look(self, policy, micro_batch_size=0):
+    """(loss, what it must be at equal weights, largest |log-ratio|) of the first batch.
+
+    The second number is the loss itself on the same measured numbers, but for those that the
+    registry says are 0 where policy and reference are equal: these are set to 0.
+    """
+    before = dict(self.running)
+    batch = next(self.batches(policy, 0))
+    self.running.clear()                                     # the step itself will count it
+    self.running.update(before)
+    if batch.whole:
+        micro_batch_size = len(batch.units)
+    loss = expected = largest = 0.0
+    if "kl_logratios" in self.over_batch:
+        largest = float(batch.known["kl_logratios"].abs().max())
+    with parallel.alone():                                   # everybody looks at the whole batch
+        parts = parallel.deal(batch.units, policy.token_budget, micro_batch_size)
+    for part, _ in parts:
+        found = self.measure(policy, batch, part)
+        equal = {name: found[name] for name in self.wants}
+        for name in self.zero_at_equal:
+            equal[name] = torch.zeros_like(equal[name])
+        loss += float(self.losses(found).sum())
+        expected += float(self.losses(equal).sum())
+        if found.ref_logps is not None:
+            largest = max(largest, float((found.logps - found.ref_logps).abs().max()))
+    return loss / batch.n, expected / batch.n, largest

@@ -1,0 +1,297 @@
+"""One command line on its way: what recipes ask for, and what a stage hands to the next."""
+
+import gc
+import json
+import math
+import sys
+from contextlib import nullcontext
+from dataclasses import asdict
+from importlib.metadata import version
+from pathlib import Path
+
+import numpy as np
+import torch
+
+import data
+import evaluate
+import recipes
+import rollouts
+from objective import needs, score
+from plumbing import checkpoint, huggingface, parallel, rundir, settings, sources
+
+
+class Run:
+    def __init__(self, how):
+        self.config, self.recipe = how.config, how.recipe
+        self.hyper, self.options, self.origin = how.hyper, how.options, how.origin
+        self.out = Path(self.config.out)
+        self.dtype = torch.float64 if self.config.dtype == "fp64" else torch.float32
+        self.stages = self.options.get("stages", 1)
+        self.given = given_z0(self.options.get("z0"))
+        self.running = {}                                    # running means, over all stages
+        self.seconds = {}
+        self.policy = None
+        self.reference_folder = ""                           # of the model this stage starts from
+        self.unmoved = False                                 # is the policy that model still?
+
+    # --- data
+
+    def read(self):
+        """The examples, as files or the world have them."""
+        source = sources.Files if self.config.data else sources.World
+        self.source = source(self.config, self.recipe)
+        self.tokenizer = self.source.tokenizer
+
+    def prepare_units(self):
+        """The examples, as the loss and the recipe want them."""
+        config, recipe = self.config, self.recipe
+        units = recipes.as_signed(self.source.units, self)
+        if recipe.prepare:
+            units = recipe.prepare(units, self)
+        self.trained = 1                                     # rows of a unit with a gradient
+        if recipe.paired:
+            self.trained = 2 + ("target_logps" in recipe.wants)
+        if "partners" in needs(recipe.wants, self.given) and self.options.get("z0") != "on_policy":
+            try:
+                units = data.mismatched_units(units, seed=config.seed, max_len=config.max_len)
+            except ValueError as e:
+                raise SystemExit(f"--data {' '.join(config.data)}: {e}; z0 is estimated from them: "
+                                 "give --z0 zero, or more prompts") from None
+        self.units = units
+
+    def count_steps(self):
+        """--epochs in steps of one stage, and a batch that is no larger than the data."""
+        config = self.config
+        self.rows = len(self.units)
+        if self.recipe.stage_units is recipes.easy_first:
+            self.rows //= self.stages
+        if not self.rows:
+            raise SystemExit(f"--stages {self.stages}: there are only {len(self.units)} pairs")
+        config.batch_size = min(config.batch_size, self.rows)
+        steps = math.ceil(config.epochs * data.steps_per_epoch(self.rows, config.batch_size))
+        config.steps = config.steps or max(1, steps)
+
+    def epoch(self, step):
+        """Passes over the stage's data when this step is done."""
+        epoch, k = divmod(step, data.steps_per_epoch(self.rows, self.config.batch_size))
+        return round(epoch + min(1.0, (k + 1) * self.config.batch_size / self.rows), 4)
+
+    def balance_lambdas(self):
+        """`auto` becomes numbers.   -> the line that says which, or None"""
+        hyper = self.hyper
+        if "auto" not in (hyper.get("lambda_d"), hyper.get("lambda_u")):
+            return None
+        thumbs = [row.desirable for unit in self.source.units for row in unit]
+        n_d, n_u = thumbs.count(True), thumbs.count(False)
+        d, u = data.lambda_weights(n_d, n_u, ratio=self.config.lambda_ratio)
+        if hyper["lambda_d"] != "auto":                      # one is given: scale the other to it
+            d, u = hyper["lambda_d"], hyper["lambda_d"] * u / d
+        elif hyper["lambda_u"] != "auto":
+            d, u = hyper["lambda_u"] * d / u, hyper["lambda_u"]
+        hyper |= {"lambda_d": d, "lambda_u": u}
+        reached = "undefined, one class only"
+        if n_d and n_u and u:
+            reached = f"{d * n_d / (u * n_u):.4g}"
+        return (f"lambdas: {n_d:,} desirable, {n_u:,} undesirable -> lambda_d {d:.4g}, "
+                f"lambda_u {u:.4g}; lambda_d n_d / (lambda_u n_u) = {reached}")
+
+    # --- models
+
+    def find_models(self):
+        """Hub names become the folders of their files."""
+        config = self.config
+        self.named = config.model                            # as typed
+        for name in ("model", "init", "ref"):
+            if getattr(config, name):
+                folder = huggingface.local_folder(getattr(config, name), name,
+                                                  trust_remote_code=config.trust_remote_code)
+                huggingface.read_model_config(folder, name)
+                huggingface.weight_files(folder, name)
+                setattr(config, name, str(folder))
+
+    def start(self):
+        """What is trained, once it fits the data and the flags."""
+        config = self.config
+        self.reference_folder = config.ref
+        self.policy = self.recipe.learner(self)
+        self.policy.precision = config.dtype
+        actor = self.actor
+        self.unmoved = Path(config.init).resolve() == Path(config.ref).resolve()
+        if config.checkpoint_activations:
+            self.policy.checkpoint_activations()
+        if config.save == "adapter" and actor.sft_adapter:
+            raise SystemExit(f"--save adapter: it would stand on {config.model} merged into its "
+                             "base, which no adapter folder can say; save it merged")
+        if actor.context < config.max_len:
+            raise SystemExit(f"--max_len {config.max_len}: the model in {config.init} has a "
+                             f"context of {actor.context} tokens")
+        if self.tokenizer.vocab_size > actor.vocab_size:
+            raise SystemExit(f"--model {config.init}: its embedding has {actor.vocab_size} tokens, "
+                             f"its tokenizer {self.tokenizer.vocab_size}")
+        parallel.use_threads(self.policy)
+
+    @property
+    def actor(self):
+        """The language model in what is trained, which for PPO is a pair."""
+        return getattr(self.policy, "policy", self.policy)
+
+    def load(self, folder, **how):
+        config = self.config
+        dtype = self.dtype
+        if config.lora and config.dtype == "bf16":           # peft keeps its own weights in fp32
+            dtype = torch.bfloat16
+        how |= dict(dtype=dtype, trust_remote_code=config.trust_remote_code, flag="model")
+        if config.fsdp:
+            how.pop("lora", None)
+            return parallel.load_sharded(
+                lambda: huggingface.load_policy(folder, device="cpu", **how), config.dtype)
+        policy = huggingface.load_policy(folder, device=parallel.device, **how)
+        if config.compile:
+            policy.compile_layers()
+        policy.precision = config.dtype
+        return policy
+
+    def load_reference(self):
+        """The model that this stage is compared with, frozen."""
+        config = self.config
+        if config.lora and self.reference_folder == config.ref and self.starts_at_reference():
+            return self.actor.reference()                    # its adapter switched off
+        return self.load(self.reference_folder).requires_grad_(False)
+
+    def starts_at_reference(self):
+        return Path(self.config.init).resolve() == Path(self.config.ref).resolve()
+
+    def must_be_equal(self):
+        """Is the policy its reference before the first step?"""
+        return self.starts_at_reference() and self.recipe.reference is not recipes.nothing
+
+    def reference_table(self, units, path, what, model=None, every_row=False):
+        """log pi_ref of the rows that the steps reach; kept in `path`, and read from there."""
+        table = torch.full((len(units), len(units[0])), torch.nan, dtype=torch.float64)
+        if path.is_file():
+            table = checkpoint.load_table(path)
+        rows = range(len(units))
+        if not every_row:
+            rows = self.rows_reached(len(units))
+        missing = [i for i in rows if table[i].isnan().any()]
+        if missing:
+            if model is None and self.unmoved:
+                model = self.actor                           # no second model is needed
+            model = model or self.load_reference()
+            table[missing] = score(model, [units[i] for i in missing], what)
+            if not self.config.dry_run:
+                checkpoint.save_table(path, table)
+        return table
+
+    def rows_reached(self, n):
+        steps = 1 if self.config.dry_run else self.config.steps
+        if steps >= data.steps_per_epoch(n, self.config.batch_size):
+            return range(n)
+        how = dict(seed=self.config.seed)
+        return sorted(i for step in range(steps)
+                      for i in data.batch_rows(n, self.config.batch_size, step=step, **how))
+
+    # --- stages
+
+    def begin_stage(self, stage, first):
+        """What stage `stage` learns from, and what it is compared with: an Objective."""
+        if stage:
+            folder = self.out / f"stage-{stage}"
+            if not folder.exists():                          # the policy of the stage before
+                beside = checkpoint.export(self.actor, folder, eot=self.tokenizer.eot)
+                checkpoint.put_in_place(beside, folder)
+            self.reference_folder = str(folder)
+        self.unmoved = first == 0 and (stage > 0 or self.starts_at_reference())
+        units = self.recipe.stage_units(self, self.units, stage)
+        reference = self.recipe.reference(self, units, stage)
+        self.unmoved = False
+        return self.recipe.objective(self, units, reference)
+
+    # --- the folder
+
+    def lock(self):
+        if parallel.rank:
+            return nullcontext()
+        rundir.check_disk(self.config, self.policy)
+        return rundir.locked(self.out / "lock", wait=False)
+
+    def record(self):
+        """config.json, as it will be read back."""
+        versions = {name: version(name) for name in ("torch", "transformers", "numpy")}
+        versions["python"] = sys.version.split()[0]
+        thumbs = [row.desirable for unit in self.source.units for row in unit]
+        found = {**asdict(self.config), **self.hyper, **self.options, "model": self.named,
+                 "task": self.source.task, "source": self.recipe.learns_from,
+                 "origin": self.origin, "n_desirable": thumbs.count(True),
+                 "n_undesirable": thumbs.count(False), "processes": parallel.size,
+                 "versions": versions, "commit": rundir.commit()}
+        self.settings = json.loads(json.dumps(found))
+        if self.config.resume:
+            rundir.refuse_changes(self.out, self.settings, settings.MAY_CHANGE)
+
+    def prepare_folder(self, done):
+        if parallel.rank == 0:
+            rundir.check(self.config)                        # another run may have come since
+            rundir.prepare(self.out, self.settings, done)
+        parallel.barrier()
+
+    def quick_look(self):
+        with parallel.alone():
+            return self.source.quick(self.actor, self.load_reference())
+
+    def finish(self):
+        """model/, whole or absent; then what came out."""
+        config, eot = self.config, self.tokenizer.eot
+        if not score(self.actor, self.source.units[:8]).isfinite().all():
+            raise SystemExit("after the last step the policy's log-probs are not finite; a lower "
+                             f"--lr. There is no model/, {self.out}/checkpoint has what is left")
+        beside = checkpoint.export(self.actor, self.out / "model", eot=eot,
+                                   adapter=config.save == "adapter")
+        if parallel.rank == 0:
+            self.tokenizer.save(beside)
+        checkpoint.put_in_place(beside, self.out / "model")
+        if config.fsdp:                                      # judged by one process, whole
+            self.policy = None
+            config.fsdp = False
+            gc.collect()
+        if parallel.rank == 0:
+            with parallel.alone():
+                self.judge()
+
+    def judge(self):
+        """eval.json, pictures, samples, the end of the story, the model card."""
+        policy = self.actor
+        if policy is None:
+            policy = self.load(self.out / "model")
+        if isinstance(policy, rollouts.RewardModel):
+            found = {"train": rollouts.accuracy(policy, self.units[:2000])}
+            if self.source.held_out():
+                found["eval"] = rollouts.accuracy(policy, self.source.held_out())
+            evaluate.report_rewards(found, self.config, self.seconds)
+        else:
+            self.reference_folder = self.config.ref
+            reference = self.load_reference()
+            self.source.report(policy, reference, self.seconds)
+            if self.config.judge:
+                self.ask_the_judge(policy, reference)
+        found = json.loads((self.out / "eval.json").read_text())
+        card = evaluate.model_card(self.settings, found)
+        (self.out / "model" / "README.md").write_text(card)
+
+    def ask_the_judge(self, policy, reference):
+        config = self.config
+        judge = rollouts.load_reward(config.judge, device=parallel.device, flag="judge")
+        rows = evaluate.compare(config.out, self.settings,
+                                lambda: (policy, reference, self.tokenizer), seed=config.seed,
+                                device=parallel.device)
+        verdicts = evaluate.judge_comparison(config.out, self.settings, rows, judge, config.judge)
+        print(evaluate.win_rate_lines(verdicts))
+
+
+def given_z0(z0):
+    """{measured name: tensor} of a z0 that a flag sets: `--z0 zero`, `--z0 1.5`."""
+    if z0 == "zero":
+        return {"kl_logratios": torch.zeros(0, dtype=torch.float64)}
+    if isinstance(z0, float):
+        return {"kl_logratios": torch.tensor([z0], dtype=torch.float64)}
+    return {}

@@ -1,0 +1,146 @@
+"""The run's folder: begun, gone on with, never overwritten unasked.
+
+    config.json     every setting, where it came from, versions, commit
+    metrics.jsonl   one line per optimiser step
+    checkpoint/     what --resume needs; reference-K.safetensors: the reference's log-probs
+    model/          what transformers loads;  eval.json, samples.md, curves.png: how it came out
+"""
+
+import json
+import os
+import shutil
+import subprocess
+from contextlib import contextmanager
+from pathlib import Path
+
+FILES = ("config.json", "metrics.jsonl", "curves.png", "frontier.png", "samples.md", "eval.json",
+         "checkpoint", "model", "targets.json", "ordering.safetensors", "comparison.jsonl",
+         "pairs_key.json")
+ABOUT_THE_MACHINE = {"origin", "processes", "versions", "commit"}
+
+
+def check(config):
+    """An existing run is never overwritten unasked; what is not a run's is never deleted."""
+    out = Path(config.out)
+    is_run = (out / "config.json").is_file()
+    if out.exists() and not out.is_dir():
+        raise SystemExit(f"--out {out}: is a file; expected a folder")
+    if config.resume and not is_run:
+        raise SystemExit(f"--resume: {out} holds no run (no config.json); start without --resume")
+    if config.resume or config.dry_run or not out.is_dir():
+        return
+    if is_run and not config.overwrite:
+        raise SystemExit(f"--out {out}: a run is there already; --resume continues it, "
+                         "--overwrite replaces it, or choose another --out")
+    begun = {"lock"}
+    if (out / "lock").exists():                              # a run was killed as it began
+        begun |= {"metrics.jsonl", "metrics.jsonl.tmp", "config.json.tmp"}
+    if not is_run and any(path.name not in begun for path in out.iterdir()):
+        raise SystemExit(f"--out {out}: holds files that are not a run's; choose another folder")
+
+
+def check_disk(config, policy):
+    """Is there room for the model and three checkpoints: two kept, one being written?"""
+    out = Path(config.out).absolute()
+    parent = next(path for path in (out, *out.parents) if path.exists())
+    if not os.access(parent, os.W_OK):
+        raise SystemExit(f"--out {config.out}: {parent} cannot be written to")
+    needed = 0
+    for p in policy.parameters():
+        copies = 10 if p.requires_grad else 1                # 3 x (weight, two means) + the model
+        needed += copies * p.numel() * p.element_size()
+    free = shutil.disk_usage(parent).free
+    if needed > free:
+        raise SystemExit(f"--out {config.out}: the model and its checkpoints need "
+                         f"{needed / 2**30:.1f} GiB, the disk has {free / 2**30:.1f} free")
+
+
+def prepare(out, record, done):
+    """Write config.json; drop what a run that is replaced, or killed, has left."""
+    if not done:
+        for path in [*(out / name for name in FILES), *out.glob("stage-*"),
+                     *out.glob("reference-*")]:
+            remove(path)
+    for path in [*out.glob("*.tmp"), *out.glob("checkpoint/*.tmp")]:
+        remove(path)
+    lines = []
+    if done and (out / "metrics.jsonl").is_file():
+        lines = (out / "metrics.jsonl").read_text(errors="replace").splitlines()
+    kept = {step_of(line): line for line in lines if step_of(line) < done}     # others come again
+    write(out / "metrics.jsonl", "".join(line + "\n" for line in kept.values()))
+    write(out / "config.json", json.dumps(record, indent=2) + "\n")
+
+
+def remove(path):
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def step_of(line):
+    """The step of a line of metrics.jsonl; infinity of half a line."""
+    try:
+        return json.loads(line)["step"]
+    except (ValueError, TypeError, KeyError):
+        return float("inf")
+
+
+def read_config(out):
+    try:
+        return dict(json.loads((out / "config.json").read_text()))
+    except (OSError, ValueError, TypeError) as e:
+        raise SystemExit(f"--resume: {out}/config.json is broken ({e}); what the run was started "
+                         "with is not known. --overwrite starts again") from None
+
+
+def refuse_changes(out, record, may_change):
+    """A resumed run must be the same run, but for what `may_change`."""
+    old = read_config(out)
+    changed = [f"{key} was {old[key]}, is {record[key]}"
+               for key in sorted(record.keys() & old.keys() - may_change - ABOUT_THE_MACHINE)
+               if old[key] != record[key]]
+    if changed:
+        raise SystemExit(f"--resume: settings changed since {out} was started: "
+                         f"{'; '.join(changed)}")
+
+
+def write(path, text):
+    """Written beside and renamed, and on the disk when this returns."""
+    beside = path.with_name(path.name + ".tmp")
+    with open(beside, "w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(beside, path)
+
+
+@contextmanager
+def locked(path, wait=True):
+    """Hold a lock file. Where another process holds it: wait, or end in one line."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = open(path, "w")
+    except OSError as e:
+        raise SystemExit(f"--out {path.parent}: cannot be written to ({e.strerror})") from None
+    with file:
+        try:
+            import fcntl
+            fcntl.flock(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except ImportError:                                  # Windows: two runs are not guarded
+            pass
+        except BlockingIOError:
+            raise SystemExit(f"--out {path.parent}: another run is writing there; wait for it, "
+                             "or choose another --out") from None
+        yield
+
+
+def commit():
+    """The git commit of this code, with "-dirty" where files differ from it; None without git."""
+    command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    try:
+        done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True,
+                              timeout=5)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() or None

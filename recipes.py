@@ -1,0 +1,378 @@
+"""The same curves with another mask, another reference, other data, another author.
+
+A preference method answers four questions, and a recipe holds the answers:
+
+    Who wrote the responses?              stage_units     the data; the last stage's policy (SPIN)
+    Which tokens, how much of each?       prepare         all; a down-weighted tail (LD-DPO)
+    Compared with what?                   reference       a frozen model; a moving one; nothing
+    Which curve is put on it?             loss            kto.py, dpo_variants.py, ppo.py
+
+Every answer is a function. A loss without an entry here is a recipe with the usual answers, so
+`find` gives a recipe for any name that --loss takes. A new recipe is one entry.
+
+The functions get `run` (train.Run), which knows the settings and loads models:
+    run.config, run.options        settings of the run; the recipe's own flags, z0, slic_target
+    run.policy, run.tokenizer      what is trained; what turns text into tokens
+    run.reference_folder           of the model that this stage is compared with
+    run.load_reference()           that model, frozen
+"""
+
+import json
+import os
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from difflib import get_close_matches
+
+import numpy as np
+import torch
+
+import data
+import dpo_variants
+import kto
+import ppo
+import rollouts
+from objective import Preferences, Reference, is_paired, needs, score, signature
+from plumbing import parallel, rundir
+
+
+# --- which tokens, and of which rows ------------------------------------------------------------
+
+def as_signed(units, run):
+    """The units that the loss's signature asks for."""
+    wants = run.recipe.wants
+    if not is_paired(wants) and "desirable" not in wants:    # it knows no labels: it imitates
+        units = good_ones(units, run)
+    if "preferred" in wants:                                 # files put the preferred one first
+        units = in_random_order(units, run.config.seed)
+    if "target_logps" not in wants:                          # a target is SLiC's alone
+        units = [unit[:2] for unit in units]
+    for name, column in (("score_gap", "score"), ("chosen_win_prob", "win_prob")):
+        if name in wants:
+            require_column(units, column, run)
+    if "score_gap" in wants:
+        require_gap(units, run)
+    return units
+
+
+def in_random_order(units, seed):
+    """Toss a coin for each pair: which response comes first."""
+    heads = np.random.default_rng([seed, len(units)]).random(len(units)) < 0.5
+    return [unit if head else (unit[1], unit[0], *unit[2:]) for unit, head in zip(units, heads)]
+
+
+def good_ones(units, run):
+    good = [unit[:1] for unit in units if unit[0].desirable]
+    if not good:
+        raise SystemExit(f"--loss {run.config.loss}: learns from desirable rows only, and --data "
+                         "has none")
+    return good
+
+
+def require_column(units, column, run):
+    for unit in units:
+        if None in [getattr(row, column) for row in unit[:2]]:
+            raise SystemExit(f"{unit[0].where}: --loss {run.config.loss} needs the columns "
+                             f"{column}_chosen, {column}_rejected")
+
+
+def require_gap(units, run):
+    for chosen, rejected, *_ in units:
+        if chosen.score <= rejected.score:
+            raise SystemExit(f"{chosen.where}: --loss {run.config.loss} needs score_chosen > "
+                             f"score_rejected, got {chosen.score:g} and {rejected.score:g}")
+
+
+def tail_counts_less(units, run):
+    """LD-DPO: beyond the shorter response's length, the longer one's tokens count ld_alpha."""
+    return [data.length_desensitised(unit, run.options["ld_alpha"]) for unit in units]
+
+
+def last_tokens(units, run):
+    """A reward is read at the last token."""
+    return [tuple(rollouts.last_token(row) for row in unit[:2]) for unit in units]
+
+
+def prompts_once(units, run):
+    """PPO writes its own responses: each prompt once."""
+    return list({unit[0].prompt_key: unit[:1] for unit in units}.values())
+
+
+# --- who wrote them, stage by stage -------------------------------------------------------------
+
+def the_data(run, units, stage):
+    return units
+
+
+def easy_first(run, units, stage):
+    """sDPO: chunks of the pairs, in the order in which the first reference prefers them."""
+    logps = run.reference_table(units, run.out / "ordering.safetensors", "ordering by difficulty")
+    order = (logps[:, 1] - logps[:, 0]).argsort(stable=True).tolist()
+    start = stage * len(units) // run.stages
+    stop = (stage + 1) * len(units) // run.stages
+    return [units[i] for i in order[start:stop]]
+
+
+def self_play(run, units, stage):
+    """SPIN: the rejected response is the policy's own, as the last stage left it."""
+    path = run.out / f"stage-{stage}-samples.json"
+    said = sampled_once(run, units, path, run.load_reference(), False)
+    return [(unit[0], row) for unit, row in zip(units, said)]
+
+
+def with_target(run, units, stage):
+    """SLiC's third response: sampled from the reference, or the chosen one, or the file's own."""
+    source = run.options["slic_target"]
+    if source == "chosen":
+        return [(*unit[:2], unit[0]) for unit in units]
+    if source == "sample":
+        said = sampled_once(run, units, run.out / "targets.json", run.load_reference(), True)
+        return [(*unit[:2], row) for unit, row in zip(units, said)]
+    for unit in units:
+        if len(unit) < 3:
+            raise SystemExit(f"{unit[0].where}: --slic_target data needs the column target")
+    return units
+
+
+def own_answers(run, policy, units, seed, desirable=None):
+    """The policy's response to each unit's prompt, at temperature 1; equal on every process."""
+    prompts = [unit[0].ids[:unit[0].n_prompt].tolist() for unit in units]
+    written = rollouts.answers(policy, prompts, run.tokenizer, seed=seed,
+                               max_len=run.config.max_len)
+    return [data.make_row(prompt, response, desirable=desirable, where=unit[0].where)
+            for unit, prompt, response in zip(units, prompts, written)]
+
+
+def sampled_once(run, units, path, policy, desirable):
+    """The same for a whole data set; kept in `path`, so that a resumed run reads them."""
+    if run.config.dry_run:                                   # another row's, to estimate the cost
+        return [units[k - 1][0] for k in range(len(units))]
+    prompts = [unit[0].ids[:unit[0].n_prompt].tolist() for unit in units]
+    if not path.is_file():
+        written = []
+        with parallel.bar(len(prompts), "sampling") as progress:
+            for start in range(0, len(prompts), 512):
+                written += rollouts.answers(
+                    policy, prompts[start:start + 512], run.tokenizer,
+                    max_len=run.config.max_len, seed=[run.config.seed, 7, start])
+                progress.update(len(written) - start)
+        if parallel.rank == 0:
+            rundir.write(path, json.dumps(written))
+        parallel.barrier()
+    written = json.loads(path.read_text())
+    return [data.make_row(prompt, response, desirable=desirable, where=unit[0].where)
+            for unit, prompt, response in zip(units, prompts, written)]
+
+
+# --- compared with what -------------------------------------------------------------------------
+
+def frozen(run, units, stage):
+    """Log-probs measured once and kept with the run; the model stays only if steps ask for it."""
+    needed = needs(run.recipe.wants, run.given)
+    if "reference" not in needed:
+        return None
+    if run.options.get("z0") == "on_policy":                 # its y' is new at every step
+        return Reference(model=run.load_reference())
+    model = None
+    if "distributions" in needed:
+        model = run.load_reference()
+    if "author" in needed:
+        return Reference(model=model)
+    path = run.out / f"reference-{stage}.safetensors"
+    table = run.reference_table(units, path, "reference log-probs", model)
+    return Reference(table, model)
+
+
+def moving(run, units, stage):
+    """TR-DPO: a model that follows the policy."""
+    return Reference(model=run.load_reference(), mix=run.options["ref_mix"],
+                     every=run.options["ref_every"])
+
+
+def nothing(run, units, stage):
+    """log pi_ref = 0: nothing holds the policy where it started."""
+    return Reference(torch.zeros(len(units), len(units[0]), dtype=torch.float64))
+
+
+# --- what is trained, and on what objective -----------------------------------------------------
+
+def language_model(run):
+    return run.load(run.config.init, lora=run.config.lora, seed=run.config.seed)
+
+
+def reward_model(run):
+    return rollouts.RewardModel.load(run.config.init, new=True, device=parallel.device,
+                                     dtype=run.dtype, flag="model")
+
+
+def actor_and_critic(run):
+    critic = rollouts.Critic.load(run.config.init, new=True, device=parallel.device,
+                                  dtype=run.dtype, flag="model")
+    return rollouts.ActorCritic(language_model(run), critic)
+
+
+def preferences(run, units, reference):
+    own = None
+    if run.options.get("z0") == "on_policy":
+        def own(policy, units, seed):
+            return own_answers(run, policy, units, seed)
+    return Preferences(run.recipe.loss, run.hyper, units, reference, trained=run.trained,
+                       batch_size=run.config.batch_size, seed=run.config.seed, given=run.given,
+                       own_answers=own, mean_over_tokens=run.recipe.loss is token_nll_loss)
+
+
+def on_policy(run, units, reference):
+    reward = rollouts.load_reward(run.options["reward"], run.tokenizer, device=parallel.device)
+    return rollouts.PPO(run.hyper, units, reference, reward, run.tokenizer, run.config, run.options)
+
+
+# --- the table ----------------------------------------------------------------------------------
+
+def token_nll_loss(logps):
+    """-log pi(y|x); its mean is over the TOKENS of the batch.   (B,)
+
+    Paper: Ouyang et al. 2022, arXiv 2203.02155 (the SFT stage before alignment)
+    Idea: imitate good responses.
+    A mean of per-response means would weigh each token of a short response more, and teach brevity.
+    """
+    return -logps
+
+
+@dataclass(frozen=True)
+class Recipe:
+    loss: Callable
+    prepare: Callable = None               # after `as_signed`: (units, run) -> units
+    stage_units: Callable = the_data       # (run, units, stage) -> the units of one stage
+    reference: Callable = frozen           # (run, units, stage) -> objective.Reference or None
+    learner: Callable = language_model     # run -> the module that is trained
+    objective: Callable = preferences      # (run, units, reference) -> objective.Objective
+    flags: dict = field(default_factory=dict)
+    like: str = ""                         # the loss whose settings in the embedded world it takes
+    feedback: str = ""                     # pairs, thumbs, sessions (their turns), replies, prompts
+    paper: str = ""
+    idea: str = ""
+
+    @property
+    def wants(self):
+        return signature(self.loss)[0]
+
+    @property
+    def paired(self):
+        return is_paired(self.wants)
+
+    @property
+    def learns_from(self):
+        return self.feedback or ("pairs" if self.paired else "thumbs")
+
+
+LOSSES = {"sft": token_nll_loss, **kto.LOSSES, "offline_ppo": ppo.offline_ppo_loss,
+          **{name: loss for name, loss in dpo_variants.LOSSES.items() if name != "sft"}}
+DPO = dpo_variants.dpo_loss
+
+RECIPES = {
+    "ld_dpo": Recipe(
+        DPO, prepare=tail_counts_less, flags={"ld_alpha": 0.5}, like="dpo",
+        paper="Liu et al. 2024, Length Desensitization in Direct Preference Optimization, "
+              "arXiv 2409.06411",
+        idea="beyond the shorter response's length, the longer one's tokens count ld_alpha"),
+    "tr_dpo": Recipe(
+        DPO, reference=moving, flags={"ref_mix": 0.6, "ref_every": 512}, like="dpo",
+        paper="Gorbatovski et al. 2024, Learn Your Reference Model for Real Good Alignment, "
+              "arXiv 2404.09656",
+        idea="every ref_every steps the reference becomes "
+             "ref_mix * policy + (1 - ref_mix) * reference"),
+    "sdpo_stepwise": Recipe(
+        DPO, stage_units=easy_first, flags={"stages": 2}, like="dpo",
+        paper="Kim et al. 2024, sDPO: Don't Use Your Data All at Once, arXiv 2403.19270",
+        idea="the pairs in chunks, easy ones first; each chunk against the policy that the one "
+             "before left"),
+    "sdpo_segment": Recipe(
+        DPO, feedback="sessions", like="dpo",
+        paper="Kong et al. 2025, SDPO: Segment-Level DPO for Social Agents, arXiv 2501.01821",
+        idea="of two conversations only the agent's turns of one segment count, as many in both"),
+    "spin": Recipe(
+        DPO, prepare=good_ones, stage_units=self_play, flags={"stages": 3}, feedback="replies", like="dpo",
+        paper="Chen et al. 2024, Self-Play Fine-Tuning Converts Weak Language Models to Strong "
+              "Language Models, arXiv 2401.01335",
+        idea="the rejected response is the last stage's own, so that imitation goes on where SFT "
+             "ends"),
+    "dpo_reference_free": Recipe(
+        DPO, reference=nothing, like="dpo",
+        paper="Rafailov et al. 2023, arXiv 2305.18290, with a uniform reference",
+        idea="the reference's log-probs are 0: nothing holds the policy where it started"),
+    "slic": Recipe(
+        dpo_variants.slic_loss, stage_units=with_target, flags={"slic_target": "sample"}, like="slic"),
+    "rm": Recipe(
+        ppo.reward_model_loss, prepare=last_tokens, learner=reward_model, reference=nothing,
+        feedback="pairs", like="rm",
+        paper="Ouyang et al. 2022, Training language models to follow instructions with human "
+              "feedback, arXiv 2203.02155",
+        idea="a reward for every response, under which the annotator's choices are likeliest; "
+             "PPO's judge"),
+    "ppo": Recipe(
+        ppo.actor_critic_loss, prepare=prompts_once, learner=actor_and_critic,
+        objective=on_policy, feedback="prompts", like="ppo",
+        flags={"reward": "", "kl_coef": 0.05, "gamma": 1.0, "lam": 0.95, "ppo_epochs": 4,
+               "minibatches": 4, "target_kl": 0.0},
+        paper="Schulman et al. 2017, Proximal Policy Optimization Algorithms, arXiv 1707.06347",
+        idea="the policy writes, a reward judges, and a clipped step makes the better tokens "
+             "likelier"),
+}
+
+
+def find(name):
+    """The recipe of a loss, of a recipe, or of a sum such as "dpo + 0.1*sft"."""
+    if name in RECIPES:
+        return RECIPES[name]
+    if name in LOSSES:
+        return Recipe(LOSSES[name], like=name)
+    if "+" in name or "*" in name:
+        loss = Sum(name)
+        return Recipe(loss, like=loss.names[0])
+    known = sorted({*LOSSES, *RECIPES})
+    near = get_close_matches(name, known, 1, cutoff=0)[0]
+    raise SystemExit(f"--loss {name}: no such loss; nearest: {near}; valid are {', '.join(known)}, "
+                     'or a sum such as "dpo + 0.1*sft"')
+
+
+class Sum:
+    """"dpo + 0.1*sft" as one loss: its measured names are the union of its terms'.
+
+    Terms share a setting of one name. Where their defaults differ it is None, and each term keeps
+    its own until a flag sets all of them.
+    """
+
+    def __init__(self, text):
+        self.__doc__ = self.__name__ = text
+        self.terms = []                                      # (weight, loss, wants, defaults)
+        self.names = []
+        self.wants, self.defaults = [], {}
+        for term in text.split("+"):
+            self.add(term.strip(), text)
+        if len({is_paired(names) for _, _, names, _ in self.terms}) > 1:
+            raise SystemExit(f"--loss {text}: a paired and an unpaired loss cannot be summed")
+
+    def add(self, term, text):
+        weight, _, name = term.rpartition("*")
+        losses = {**LOSSES, "sft": dpo_variants.sft_loss}    # in a sum, SFT is per example
+        if name.strip() not in losses or not re.fullmatch(r"\s*|[\d.]+(e[+-]?\d+)?\s*", weight):
+            raise SystemExit(f"--loss {text}: {term!r} is not NAME or NUMBER*NAME; names are "
+                             f"{', '.join(losses)}")
+        loss = losses[name.strip()]
+        if hasattr(loss, "needs_whole_batch") or "target_logps" in signature(loss)[0]:
+            raise SystemExit(f"--loss {text}: {name.strip()} cannot be summed")
+        wants, defaults = signature(loss)
+        self.names.append(name.strip())
+        self.terms.append((float(weight or 1), loss, wants, defaults))
+        self.wants += [want for want in wants if want not in self.wants]
+        for key, value in defaults.items():
+            agree = self.defaults.get(key, value) == value
+            self.defaults[key] = value if agree else None
+
+    def __call__(self, **given):
+        total = 0.0
+        for weight, loss, wants, defaults in self.terms:
+            own = {key: default if given[key] is None else given[key]
+                   for key, default in defaults.items()}
+            total = total + weight * loss(**{want: given[want] for want in wants}, **own)
+        return total

@@ -1,31 +1,33 @@
 """KTO: from prospect theory to a loss, in one reading.
 
-Ethayarajh, Xu, Muennighoff, Jurafsky, Kiela 2024, "KTO: Model Alignment as Prospect Theoretic Optimization",
-arXiv 2402.01306; the letters are Kahneman-Tversky Optimization. Equation numbers are those of version 4.
+Ethayarajh, Xu, Muennighoff, Jurafsky, Kiela 2024, "KTO: Model Alignment as Prospect Theoretic
+Optimization", arXiv 2402.01306. The letters are Kahneman-Tversky Optimization; equation numbers
+are those of version 4.
 
-Kahneman and Tversky found that people do not judge an outcome by its worth but by how far it lies from a REFERENCE
-POINT; that gains and losses both feel smaller the further out they are (concave above, convex below the point); and
-that the two sides may weigh differently (loss aversion). KTO takes each of these for a language model:
+Kahneman and Tversky found that people do not judge an outcome by its worth but by how far it lies
+from a REFERENCE POINT; that gains and losses both feel smaller the further out they are (concave
+above the point, convex below it); and that the two sides may weigh differently (loss aversion).
+KTO takes each of these for a language model:
 
-    prospect theory                  here
-    an outcome                       a response y to a prompt x
-    how much it is worth             the implied reward  r(x,y) = log pi(y|x) - log pi_ref(y|x)
-    the reference point              z0 = KL(pi || pi_ref), what the policy gains on average
-    a curve that saturates           the logistic function, in place of (z - z0)^0.88
-    risk aversion                    beta: how soon it saturates
-    loss aversion                    lambda_d, lambda_u: the weights of desirable and undesirable responses
+    prospect theory           here
+    an outcome                a response y to a prompt x
+    how much it is worth      the implied reward  r(x,y) = log pi(y|x) - log pi_ref(y|x)
+    the reference point       z0 = KL(pi || pi_ref), what the policy gains on average
+    a curve that saturates    the logistic function, in place of (z - z0)^0.88
+    risk aversion             beta: how soon it saturates
+    loss aversion             lambda_d, lambda_u: weights of desirable and undesirable responses
 
 No pairs are needed: one response with a thumb up or down is a training example.
 
-Notation. log is natural. A log-prob is a SUM over the response's tokens, end-of-text included. Shapes: B responses in
-the (micro-)batch, M mismatched ones in the whole global batch.
-    logps         (B,)  log pi(y|x) under the policy                         carries the gradient
-    logratios     (B,)  r = log pi(y|x) - log pi_ref(y|x)                    carries the gradient through the policy
+Notation. log is natural. A log-prob is a SUM over the response's tokens, end-of-text included.
+Shapes: B responses in the (micro-)batch, M mismatched ones in the whole global batch.
+    logps         (B,)  log pi(y|x) under the policy, with gradient
+    logratios     (B,)  r = log pi(y|x) - log pi_ref(y|x), gradient through the policy
     desirable     (B,)  bool: thumb up
-    kl_logratios  (M,)  log pi(y'|x) - log pi_ref(y'|x), y' another prompt's response       no gradient
+    kl_logratios  (M,)  log pi(y'|x) - log pi_ref(y'|x), y' another prompt's response, no gradient
     sigma(t) = 1 / (1 + e^-t)
-Every loss returns one value per example, (B,), in input order; the batch loss is the mean over ALL examples, both
-classes together (not the sum of two class means). Nothing is narrowed: float64 in, float64 out.
+Every loss returns one value per example, (B,), in input order. The batch loss is the mean over ALL
+examples, both classes together (not the sum of two class means). float64 in, float64 out.
 """
 
 import torch
@@ -33,98 +35,111 @@ import torch.nn.functional as F
 
 
 def kto_loss(logratios, desirable, kl_logratios, *, beta=0.1, lambda_d=1.0, lambda_u=1.0):
-    """lambda_y - v(x, y), with v = lambda_d sigma(beta (r - z0)) or lambda_u sigma(beta (z0 - r)).   (B,)
+    """lambda_y - v, v = lambda_d sigma(beta (r - z0)) or lambda_u sigma(beta (z0 - r)).   (B,)
 
-    Paper: Ethayarajh et al. 2024, KTO: Model Alignment as Prospect Theoretic Optimization, arXiv 2402.01306
-    Idea: one thumb per response; its value saturates on both sides of a reference point, as Kahneman and Tversky's does.
-    Its gradient in closed form, z0 being a constant, u the argument of sigma in v and m the batch size:
-        grad L = 1/m sum d(y) lambda_y sigma(u) (1 - sigma(u)) beta grad log pi(y|x),  d = -1 desirable, +1 undesirable
-    so a response moves most where r is near z0, and hardly any longer once it is clearly good or hopelessly bad. (DPO's
-    gradient does not fade for a pair that is badly wrong.)
+    Paper: Ethayarajh et al. 2024, KTO, arXiv 2402.01306
+    Idea: one thumb per response; its value saturates on both sides of a reference point.
+    The gradient in closed form, with z0 constant, u the argument of sigma in v, m the batch size:
+        grad L = 1/m sum d(y) lambda_y sigma(u) (1 - sigma(u)) beta grad log pi(y|x)
+        d(y) = -1 for a desirable response, +1 for an undesirable one
+    A response moves most where r is near z0, and hardly any longer once it is clearly good or
+    hopelessly bad. (DPO's gradient does not fade for a pair that is badly wrong.)
     At pi = pi_ref every r is 0, z0 = 0 and the loss is lambda_y / 2.
-    Source: Eq. 8. Equal to TRL's and the authors' code but for z0, which they estimate per micro-batch.
+    Source: Eq. 8. Equal to TRL's and the authors' code but for z0, which they estimate per
+    micro-batch.
     """
     z0 = reference_point(kl_logratios)
     v = value(logratios, desirable, z0, beta=beta, lambda_d=lambda_d, lambda_u=lambda_u)
     lambda_y = class_weight(desirable, logratios, lambda_d, lambda_u)
-    return lambda_y - v                                                                             # Eq. 8
+    return lambda_y - v                                                                     # Eq. 8
 
 
 def reference_point(kl_logratios):
-    """z0 = max(0, 1/M sum_i [log pi(y'_i|x_i) - log pi_ref(y'_i|x_i)]), no gradient.   () in nats; 0 for an empty tensor
+    """z0 = max(0, 1/M sum_i [log pi(y'_i|x_i) - log pi_ref(y'_i|x_i)]), no gradient.   () in nats
 
-    The true z0 is KL(pi || pi_ref) >= 0, the mean of r over samples of the POLICY. Sampling at every step is slow, so the
-    paper scores the batch's responses under prompts they do not belong to. That estimate is biased, often below zero.
-    FIRST the mean, THEN the clamp: clamping each term would count only the positive ones. The mean runs over the whole
-    global batch (over a micro-batch or one rank's share it would be another, noisier, number). z0 is treated as a
-    constant: the paper found that a gradient through it makes training unstable.
+    The true z0 is KL(pi || pi_ref) >= 0, the mean of r over samples of the POLICY. Sampling at
+    every step is slow, so the paper scores responses under prompts that they do not belong to.
+    That estimate is biased, often below zero, and therefore clamped. Three things matter:
+      - FIRST the mean, THEN the clamp: clamping each term would count only the positive ones.
+      - The mean runs over the whole global batch. Over one micro-batch or one process's share it
+        would be another, noisier, number.
+      - z0 is a constant: the paper found that a gradient through it makes training unstable.
     An empty tensor says "z0 = 0" (`--z0 zero`), a single number says "z0 is this" (`--z0 1.5`).
     """
     if kl_logratios.numel() == 0:
         return kl_logratios.new_zeros(())
-    return kl_logratios.detach().mean().clamp(min=0)                                # section 4.1: mean first, then clamp
+    return kl_logratios.detach().mean().clamp(min=0)                 # section 4.1: mean, then clamp
 
 
 def value(logratios, desirable, z0, *, beta, lambda_d, lambda_u):
-    """v(x, y) = lambda_d sigma(beta (r - z0)) where desirable, lambda_u sigma(beta (z0 - r)) where not.   (B,)
+    """v = lambda_d sigma(beta (r - z0)) where desirable, lambda_u sigma(beta (z0 - r)) else.   (B,)
 
-    The human value of a response: concave in gains, convex in losses, 0 < v < lambda_y. beta is risk aversion in gains and risk
-    seeking in losses. The logistic replaces Kahneman and Tversky's power function, whose slope is infinite at z0.
+    The human value of a response: concave in gains, convex in losses, 0 < v < lambda_y. beta is
+    risk aversion in gains and risk seeking in losses. The logistic replaces Kahneman and
+    Tversky's power function, whose slope is infinite at z0.
     """
     u = beta * torch.where(desirable, logratios - z0, z0 - logratios)
-    # exp(logsigmoid(u)) is sigma(u) with a gradient that keeps its digits in both tails: sigmoid(100.) is 1. in float64,
-    # and autograd's sigma (1 - sigma) would then be exactly 0 instead of 4e-44.
-    return class_weight(desirable, logratios, lambda_d, lambda_u) * F.logsigmoid(u).exp()           # Eq. 8, v(x, y)
+    # exp(logsigmoid(u)) is sigma(u) with a gradient that keeps its digits in both tails:
+    # sigmoid(100.) is 1. in float64, and autograd's sigma (1 - sigma) would then be exactly 0
+    # instead of 4e-44.
+    return class_weight(desirable, logratios, lambda_d, lambda_u) * F.logsigmoid(u).exp()
 
 
 def class_weight(desirable, like, lambda_d, lambda_u):
-    """lambda_y per example.   (B,)  Their ratio matters most when one class is rare: Eq. 9, `data.lambda_weights`."""
+    """lambda_y per example.   (B,)
+
+    The ratio of the two matters most when one class is rare: Eq. 9, `data.lambda_weights`.
+    """
     return torch.where(desirable, torch.full_like(like, lambda_d), torch.full_like(like, lambda_u))
 
 
-# --- relatives: the same curve, another reference point ---------------------------------------------------------------
+# --- relatives: the same curve, another reference point -------------------------------------------
 
 def kto_uniform_loss(logps, desirable, entropy, *, beta=0.1, lambda_d=1.0, lambda_u=1.0):
-    """KTO against a uniform reference, so no reference model in memory: r - z0 = log pi(y|x) + H(pi(.|x)).   (B,)
+    """kto_loss with r - z0 = log pi(y|x) + H(pi(.|x)), H = `entropy`.   (B,)
 
-    Paper: Ethayarajh et al. 2024, KTO: Model Alignment as Prospect Theoretic Optimization, arXiv 2402.01306 (its memory-saving form)
-    Idea: KTO without a reference model: compare log pi(y|x) with what the policy says on average.
-    Let pi_ref give each of N possible responses 1/N. Then
+    Paper: Ethayarajh et al. 2024, KTO, arXiv 2402.01306
+    Idea: KTO with a uniform reference: compare log pi(y|x) with what the policy says on average.
+    It saves the memory of a reference model. Let pi_ref give each of N responses 1/N. Then
         r  = log pi(y|x) - log(1/N)  = log pi(y|x) + log N
-        z0 = KL(pi || uniform)       = sum_y pi log pi + log N = log N - H(pi),     H = -sum_y pi log pi >= 0
-        r - z0 = log pi(y|x) + H(pi(.|x))
-    log N cancels and the sign is PLUS. The minus that is printed in places (the Chinese source documents, for one) would
-    leave log N unbalanced: log pi - H = (r - z0) - 2H is wrong by exactly 2H. It is right only if "H" is the negative
-    entropy. Sanity: at pi = uniform every r is z0, and indeed log pi + H = -log N + log N = 0.
-    No clamp: the KL is >= 0 by itself. `entropy` (B,) or (), nats, no gradient: exact H, or an estimate; the authors'
-    (HALOs' early KTO trainer) is -mean log pi(y'|x) over mismatched responses, which train.py uses. Departure: they
-    average log-probs over tokens, here they are sums as everywhere in this file.
+        z0 = KL(pi || uniform)       = sum_y pi log pi + log N = log N - H,   H = -sum_y pi log pi
+        r - z0 = log pi(y|x) + H
+    log N cancels and the sign is PLUS. Some texts print a minus, which is wrong by exactly 2H
+    unless their "H" is the negative entropy. Check: at pi = uniform every r is z0, and indeed
+    log pi + H = -log N + log N = 0. No clamp: the KL is >= 0 by itself.
+    `entropy` is (B,) or (), in nats, no gradient: the exact H or an estimate. The authors' early
+    code estimates it by -mean log pi(y'|x) over mismatched responses, and so does our training.
+    Departure: they average log-probs over tokens, here they are sums as everywhere in this file.
     """
-    lambda_y = class_weight(desirable, logps, lambda_d, lambda_u)
-    return lambda_y - value(logps, desirable, -entropy.detach(), beta=beta, lambda_d=lambda_d, lambda_u=lambda_u)    # z0 - log N = -H
+    z0 = -entropy.detach()                                                    # z0 - log N = -H
+    v = value(logps, desirable, z0, beta=beta, lambda_d=lambda_d, lambda_u=lambda_u)
+    return class_weight(desirable, logps, lambda_d, lambda_u) - v
 
 
 def apo_zero_unpaired_loss(logratios, desirable, *, beta=0.1):
-    """1 - sigma(beta r) where desirable, sigma(beta r) where not: KTO with z0 = 0 and lambda = 1.   (B,)
+    """1 - sigma(beta r) where desirable, sigma(beta r) where not.   (B,)
 
-    Paper: D'Oosterlinck et al. 2024, Anchored Preference Optimization, arXiv 2408.06266 (Eq. 7, its two halves by label)
-    Idea: the anchor is the reference itself: desirable responses become likelier than they were, undesirable ones less likely.
+    Paper: D'Oosterlinck et al. 2024, Anchored Preference Optimization, arXiv 2408.06266
+    Idea: the anchor is the reference itself: good responses become likelier than it, bad ones less.
+    Source: Eq. 7, its two halves by label. It is KTO with z0 = 0 and lambda = 1.
     """
-    return 1 - value(logratios, desirable, logratios.new_zeros(()), beta=beta, lambda_d=1.0, lambda_u=1.0)
+    z0 = logratios.new_zeros(())
+    return 1 - value(logratios, desirable, z0, beta=beta, lambda_d=1.0, lambda_u=1.0)
 
 
 def bco_loss(logratios, desirable, reward_shift, *, beta=0.1):
-    """-log sigma(+-(beta r - delta)), + where desirable: a binary classifier with the policy as its logit.   (B,)
+    """-log sigma(+-(beta r - delta)), + where desirable, delta = `reward_shift`.   (B,)
 
-    Paper: Jung et al. 2024, Binary Classifier Optimization for Large Language Model Alignment, arXiv 2404.04656
+    Paper: Jung et al. 2024, Binary Classifier Optimization, arXiv 2404.04656
     Idea: tell good from bad with beta r as the logit, around the mean reward seen so far.
-    delta = `reward_shift` (), no gradient: the mean of beta r over
-    all samples seen so far, the current global batch included, which lets the classifier split between the classes rather
-    than at 0. Departure: the paper averages the two class means, TRL (and we) pool the samples.
-    Where KTO saturates (sigma), this keeps pushing (log sigma): a badly wrong example has the full slope beta.
+    delta is (), no gradient: the mean of beta r over all samples seen so far, the current global
+    batch included. So the classifier splits between the classes rather than at 0.
+    Departure: the paper averages the two class means, TRL (and we) pool the samples.
+    Where KTO saturates (sigma), this keeps pushing (log sigma): a badly wrong example has the full
+    slope beta.
     """
     u = beta * logratios - reward_shift.detach()
-    return -F.logsigmoid(torch.where(desirable, u, -u))        # logsigmoid: log(sigmoid(-800.)) would be -inf
+    return -F.logsigmoid(torch.where(desirable, u, -u))      # log(sigmoid(-800.)) would be -inf
 
 
 LOSSES = {

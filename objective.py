@@ -295,7 +295,7 @@ class Batch:
     n: int                           # what the loss is a mean over: units, or tokens
     known: dict                      # what carries no gradient, by name
     ref_logps: torch.Tensor = None   # (units, rows per unit)
-    whole: bool = False              # True: the loss sorts its rows, so a batch is one part
+    part_size: int = 0               # units of a part, where the loss asks for it; 0: any
 
 
 @dataclass
@@ -407,7 +407,10 @@ class Preferences(Objective):
         n = len(units)
         if self.mean_over_tokens:
             n = sum(unit[0].length for unit in units)
-        yield Batch(units, n, known, ref_logps, getattr(self.loss, "needs_whole_batch", False))
+        part_size = 0
+        if getattr(self.loss, "needs_whole_batch", False):   # it sorts its rows
+            part_size = len(units)
+        yield Batch(units, n, known, ref_logps, part_size)
 
     # --- a part of it, with gradient
 

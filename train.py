@@ -20,7 +20,9 @@ import os
 import shutil
 import signal
 import sys
+import threading
 import time
+from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -34,7 +36,7 @@ import model
 import recipes
 import world
 from objective import Preferences
-from plumbing import announce, checkpoint, parallel, rundir, settings
+from plumbing import announce, parallel, rundir, settings
 from plumbing.run import Run
 
 
@@ -48,7 +50,8 @@ def train_step(policy, objective, optimizer, step, config, update=True):
     tokens = 0
     for batch in objective.batches(policy, step):
         watched = []
-        for part, weight in parts_of(batch, policy, config):
+        size = batch.part_size or config.micro_batch_size
+        for part, weight in parallel.deal(batch.units, policy.token_budget, size):
             measured = objective.measure(policy, batch, part)
             losses = objective.losses(measured)
             (weight * losses.sum() / batch.n).backward()
@@ -67,14 +70,6 @@ def train_step(policy, objective, optimizer, step, config, update=True):
     seconds = max(time.perf_counter() - started, 1e-9)
     return line | {"grad_norm": norm, "lr": learning_rate(step, config),
                    "tokens_per_second": tokens / seconds}
-
-
-def parts_of(batch, policy, config):
-    """[(indices, weight)]: this process's share of the batch, in what one forward takes."""
-    size = config.micro_batch_size
-    if batch.whole:
-        size = len(batch.units)
-    return parallel.deal(batch.units, policy.token_budget, size)
 
 
 def sum_up(watched):
@@ -127,51 +122,41 @@ def make_optimizer(policy, config):
 
 def train(run, objective, stage, first):
     """Steps `first` and on of one stage: metrics.jsonl, checkpoints, a progress bar."""
-    config, policy, out = run.config, run.policy, run.out
+    config, policy = run.config, run.policy
     optimizer = make_optimizer(policy, config)
-    reference = objective.reference
-    moving = reference.model if reference is not None and reference.every else None
-    objective.running = run.running
     if first:
-        checkpoint.load(out / "checkpoint", policy, optimizer, run.running, moving)
-    before = stage * config.steps                            # steps of the stages before
+        run.load_checkpoint(optimizer, objective.reference)
     look = None
-    if stage == 0 and first == 0:
+    if run.begins(stage, first):
         look = objective.first_look(policy, config.micro_batch_size)
-    stop = stop_on_signal()
-    log = open(out / "metrics.jsonl" if parallel.rank == 0 else os.devnull, "a")
-    bar = parallel.bar(run.stages * config.steps, f"{config.loss}, step", before + first)
-    for step in range(first, config.steps):
-        line = {"step": before + step, "epoch": run.epoch(step)}
-        line |= train_step(policy, objective, optimizer, step, config)
-        if look:
-            parallel.say(announce.check_first_step(look, line["grad_norm"], run))
-            look = None
-        if config.eval_every and (step + 1) % config.eval_every == 0 and parallel.rank == 0:
-            line |= {f"eval/{key}": value for key, value in run.quick_look().items()}
-        print(json.dumps(line), file=log, flush=True)
-        bar.update()
-        if (step + 1) % config.log_every == 0:
-            bar.set_postfix_str(f"loss {line['loss']:.3f}", refresh=False)
-        stopped = bool(parallel.total(torch.tensor(float(len(stop)))))     # after the same step
-        done = before + step + 1
-        if stopped or (step + 1) % config.save_every == 0 or step + 1 == config.steps:
-            checkpoint.save(out / "checkpoint", done, policy, optimizer, run.running, moving)
-        if stopped and done < run.stages * config.steps:
-            raise SystemExit(f"stopped after step {done}; the same command with --resume goes on")
-    bar.close()
-    log.close()
+    with run.diary(stage, first) as diary, stopping() as stop:
+        for step in range(first, config.steps):
+            line = train_step(policy, objective, optimizer, step, config)
+            if look:
+                announce.check_first_step(look, line["grad_norm"], run)
+                look = None
+            diary.write(step, line | run.quick_look(step))
+            stopped = parallel.any_of(stop)                  # all stop after the same step
+            last = step + 1 == config.steps
+            if stopped or last or (step + 1) % config.save_every == 0:
+                run.save_checkpoint(stage, step, optimizer, objective.reference)
+            if stopped and not run.is_over(stage, step):
+                raise SystemExit(f"stopped after step {step + 1} of stage {stage + 1}; the same "
+                                 "command with --resume goes on")
 
 
-def stop_on_signal():
+@contextmanager
+def stopping():
     """A list that Ctrl-C and SIGTERM fill: the step that runs is finished and saved."""
-    stop = []
-    try:
+    stop, before = [], {}
+    if threading.current_thread() is threading.main_thread():          # a notebook's is another
         for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, lambda *_: stop.append(1))
-    except ValueError:                                       # not the main thread: a notebook's
-        pass
-    return stop
+            before[number] = signal.signal(number, lambda *_: stop.append(1))
+    try:
+        yield stop
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 # --- the small GPT's base model -----------------------------------------------------------------
@@ -261,8 +246,7 @@ def run_once(argv):
         clock, cpu = time.perf_counter(), time.process_time()
         done = 0
         if config.resume:
-            optimizer = make_optimizer(run.policy, config)
-            done = checkpoint.load(out / "checkpoint", run.policy, optimizer, run.running)
+            done = run.load_checkpoint(make_optimizer(run.policy, config))
         run.prepare_folder(done)
         for stage in range(done // config.steps, run.stages):
             first = max(0, done - stage * config.steps)

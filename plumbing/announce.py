@@ -2,13 +2,17 @@
 
 import atexit
 import inspect
+import resource
 import shutil
+import sys
 import tempfile
 import time
 
-from plumbing.formats import counts_line
+import torch
+
 from objective import score
-from plumbing import huggingface, parallel
+from plumbing import parallel
+from plumbing.formats import counts_line
 from plumbing.parallel import say
 
 
@@ -63,24 +67,24 @@ def check_first_step(look, grad_norm, run):
     if grad_norm == 0:
         raise SystemExit(line + " | no gradient: are all weights frozen, or both lambdas 0?")
     if not run.must_be_equal():
-        return line + " | policy and reference start apart"
+        return say(line + " | policy and reference start apart")
     if apart > tolerance:
         raise SystemExit(line + " | policy and reference have equal weights, yet a log-ratio "
                          f"exceeds {tolerance}. Known causes: dropout is on; the reference was measured in "
                          "another dtype; an adapter is missing from the reference")
     if abs(loss - expected) > tolerance:
         raise SystemExit(line + " | the loss is not the value it must have at equal weights")
-    return line + " | ok"
+    say(line + " | ok")
 
 
 def dry_run(run, train_step, make_optimizer):
     """The first step without the update, then what the whole run would cost."""
     config = run.config
     objective = run.begin_stage(0, 0)
-    look = objective.first_look(run.policy, config.micro_batch_size)
     optimizer = make_optimizer(run.policy, config)
+    look = objective.first_look(run.policy, config.micro_batch_size)
     line = train_step(run.policy, objective, optimizer, 0, config, update=False)
-    say(check_first_step(look, line["grad_norm"], run))
+    check_first_step(look, line["grad_norm"], run)
     clock = time.perf_counter()
     train_step(run.policy, objective, optimizer, 0, config, update=False)     # now all is warm
     per_step = time.perf_counter() - clock
@@ -90,12 +94,18 @@ def dry_run(run, train_step, make_optimizer):
     per_unit = (time.perf_counter() - clock) / len(some)
     passes = len(run.rows_reached(len(run.units))) if objective.reference else 0
     minutes = (run.stages * config.steps * per_step + passes * per_unit) / 60
-    held = huggingface.memory_estimate(run.actor, tokens=run.policy.token_budget,
-                                       checkpointed=config.checkpoint_activations)
     say(f"estimate: {run.stages * config.steps} steps of {per_step:.3f} s and {passes:,} rows of "
         f"the reference: about {minutes:.1f} minutes, base model and evaluation apart")
-    say("memory: " + ", ".join(f"{what} {size / 2**20:,.0f}" for what, size in held.items())
-        + f" MB; nothing was written to {config.out}")
+    say(f"memory at its peak so far: {peak_memory() / 2**30:.2f} GiB; nothing was written to "
+        f"{config.out}")
+
+
+def peak_memory():
+    """Bytes: of the GPU, or of this process."""
+    if parallel.device.type == "cuda":
+        return torch.cuda.max_memory_allocated()
+    unit = 1 if sys.platform == "darwin" else 1024
+    return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 def temporary_folder():

@@ -96,7 +96,8 @@ def annotate(rng, prompt, replies, per_word=0.0):
 def own_replies(seed, base):
     """Pairs of the reference model's own replies, judged by the same annotator."""
     rng = random.Random(f"own {seed}")
-    policy, tokenizer = load_policy(base), load_tokenizer(base)
+    policy = load_policy(base)
+    tokenizer = load_tokenizer(base)
     prompts = world.eval_prompts("train", N, seed=seed)
     first, _ = evaluate.replies(policy, tokenizer, prompts, seed=[seed, 11, 0])
     second, _ = evaluate.replies(policy, tokenizer, prompts, seed=[seed, 11, 1])
@@ -106,7 +107,8 @@ def own_replies(seed, base):
 
 def never_said(pairs, seed):
     """Rejected is what no policy would write: an ordinary reply with its words shuffled."""
-    rng, rows = random.Random(f"shuffled {seed}"), []
+    rng = random.Random(f"shuffled {seed}")
+    rows = []
     for pair in pairs:
         chosen, other = rng.sample([pair["chosen"], pair["rejected"]], 2)
         words = other.split()
@@ -124,7 +126,9 @@ def tuned(loss):
 
 
 def command(arm, seed, folder, quick):
-    out, flags = folder.parent, dict(arm.flags)
+    """What is typed: train.py ..."""
+    out = folder.parent
+    flags = dict(arm.flags)
     always = {"loss": arm.loss, "seed": seed, "out": folder, "log_every": 50, "save_every": 10**6}
     if arm.on == "world":
         if quick:
@@ -143,7 +147,10 @@ def command(arm, seed, folder, quick):
 
 def as_words(flags):
     """{"lr": 5e-4} -> ["--lr", "0.0005"]"""
-    return [word for name, value in flags.items() for word in (f"--{name}", str(value))]
+    words = []
+    for name, value in flags.items():
+        words += [f"--{name}", str(value)]
+    return words
 
 
 @lru_cache(maxsize=None)
@@ -187,7 +194,8 @@ def slug(text):
 
 def run_arm(arm, seed, out, quick=False):
     """Train, then measure.   -> the run's numbers, or {"failed": why}"""
-    folder, clock = out / f"{slug(arm.key)}-seed{seed}", time.process_time()
+    folder = out / f"{slug(arm.key)}-seed{seed}"
+    clock = time.process_time()
     out.mkdir(parents=True, exist_ok=True)
     with (open(out / f"{folder.name}.log", "w") as log,
           contextlib.redirect_stdout(log), contextlib.redirect_stderr(log)):
@@ -203,16 +211,17 @@ def run_arm(arm, seed, out, quick=False):
 
 def measure(arm, seed, folder, quick):
     """What the arm's policy does on held-out questions, against the SFT model of this seed."""
-    n = 24 if quick else 480
+    n_questions, n_pairs = (24, 20) if quick else (480, 400)
     sft = base_model(seed, "sft", folder.parent, quick)
-    reference, tokenizer = load_policy(sft), load_tokenizer(sft)
-    pairs = world.pairs(20 if quick else 400, seed + 3, part="report")
-    units, _ = data.encode([Pair(**pair) for pair in pairs], tokenizer, max_len=80,
-                           max_prompt_len=60)
+    reference = load_policy(sft)
+    tokenizer = load_tokenizer(sft)
+    pairs = [Pair(**pair) for pair in world.pairs(n_pairs, seed + 3, part="report")]
+    units, _ = data.encode(pairs, tokenizer, max_len=80, max_prompt_len=60)
 
     def numbers(folder):
         policy = load_policy(folder)
-        result = evaluate.evaluate_world(policy, reference, tokenizer, seed=seed, n=n)
+        result = evaluate.evaluate_world(policy, reference, tokenizer, seed=seed,
+                                         n=n_questions)
         moved = (score(policy, units) - score(reference, units)).mean(0).tolist()
         found = {key: result[key] for key in MEASURED}
         found["best"] = result["optimum_at_same_kl"]["reward"]
@@ -220,7 +229,7 @@ def measure(arm, seed, folder, quick):
 
     found = numbers(folder / "model")
     if arm.loss == "kto":
-        found |= z0_numbers(folder / "model", reference, tokenizer, units, seed, n)
+        found |= z0_numbers(folder / "model", reference, tokenizer, units, seed, n_questions)
     if stages := sorted(folder.glob("stage-[0-9]")):
         found["stages"] = [numbers(stage) for stage in stages]
     if curve := on_the_way(folder / "metrics.jsonl"):
@@ -230,7 +239,8 @@ def measure(arm, seed, folder, quick):
 
 def z0_numbers(folder, reference, tokenizer, units, seed, n):
     """Mean and sd of log-ratios: of mismatched pairs, and of the policy's own replies."""
-    policy, chosen = load_policy(folder), [unit[0] for unit in units]
+    policy = load_policy(folder)
+    chosen = [unit[0] for unit in units]
     partners = data.mismatch([row.prompt_key for row in chosen])
     mismatched = [data.mismatched(row, chosen[j], 80) for row, j in zip(chosen, partners)]
     prompts = world.eval_prompts("report", n)

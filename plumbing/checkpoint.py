@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed.checkpoint as dcp
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from plumbing import parallel
@@ -117,34 +117,34 @@ def steps_done(folder):
 
 # --- the model and the reference's table --------------------------------------------------------
 
-def export(policy, folder, *, eot, adapter=False):
-    """The model in Hugging Face format, whole or absent. Weights of a sharded one are gathered."""
+def export(policy, folder, tokenizer, *, adapter=False):
+    """`folder` becomes the model in Hugging Face format, whole; of a sharded one it is gathered."""
     folder = Path(folder)
     beside = folder.with_suffix(".tmp")
-    weights = {}
-    for name, p in policy.named_parameters():
-        if parallel.sharded(policy):
-            gathered = parallel.whole(p.detach())
-            if parallel.rank == 0:
-                weights[name] = gathered.cpu()
+    how = {"adapter": True} if adapter else {}
+    if parallel.sharded(policy):
+        how["weights"] = gathered(policy)
     if parallel.rank == 0:
         shutil.rmtree(beside, ignore_errors=True)
-        how = {"eot": eot}
-        if weights:
-            how["weights"] = weights
-        if adapter:
-            how["adapter"] = True
-        policy.save(beside, **how)
+        try:
+            policy.save(beside, eot=tokenizer.eot, **how)
+            tokenizer.save(beside)
+            shutil.rmtree(folder, ignore_errors=True)
+            os.replace(beside, folder)
+        except (OSError, SafetensorError) as e:
+            raise SystemExit(f"{folder} cannot be written ({one_line(e)}): make room, then "
+                             "--resume") from None
     parallel.barrier()
-    return beside
 
 
-def put_in_place(beside, folder):
-    """`beside` becomes `folder`, by process 0."""
-    if parallel.rank == 0:
-        shutil.rmtree(folder, ignore_errors=True)
-        os.replace(beside, folder)
-    parallel.barrier()
+def gathered(policy):
+    """Whole weights of a sharded policy by name, in main memory of process 0."""
+    weights = {}
+    for name, p in policy.named_parameters():
+        tensor = parallel.whole(p.detach())
+        if parallel.rank == 0:
+            weights[name] = tensor.cpu()
+    return weights
 
 
 def save_table(path, table):

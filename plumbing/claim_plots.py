@@ -109,7 +109,8 @@ def plane(ax, runs):
         for run in runs.of(labels[0]):
             way = np.array([(point["kl"], point["reward"]) for point in run.get("curve", [])])
             ax.plot(*way.reshape(-1, 2).T, ".-", ms=4, lw=0.6, color="#bbbbbb", zorder=1)
-    frontier(ax, kl_max=max(4.4, min(9.0, ax.get_xlim()[1])))
+    farthest = max([4.4, *(runs(label, "kl").mean() for name in shown for label in series[name])])
+    frontier(ax, kl_max=min(9.0, 1.2 * farthest))
     ax.legend(frameon=False, loc="lower right", fontsize=8)
 
 

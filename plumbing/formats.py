@@ -68,7 +68,8 @@ def read(files, *, columns=None, threshold=None, scored="labels", prompts=False)
     """
     if isinstance(files, (str, Path)):
         files = [files]
-    examples, formats = [], {}
+    examples = []
+    formats = {}                                     # a dict keeps their order
     for file in files:
         for where, record in records(file):
             name, found = parse(record, where, columns=columns, threshold=threshold,
@@ -97,7 +98,8 @@ def parse(record, where="", *, columns=None, threshold=None, scored="labels", pr
         known = "; ".join(" + ".join(form) for form in FORMATS)
         row.fail(f"unknown format with columns {list(row.cells)} (null is none); known: {known}")
     found = found[0]
-    name, examples = ", ".join(found), FORMATS[found](row)
+    name = ", ".join(found)
+    examples = FORMATS[found](row)
     if "chosen" in found:
         return name, examples
     if scored == "pairs":                            # then scores are what counts, not labels
@@ -194,11 +196,13 @@ def pairs_from_scores(examples):
     Scores 5, 3, 2, 1, 0 make the pairs (5, 0) and (3, 1); 2 is left over. Equal scores are a tie,
     which says nothing and is dropped.
     """
-    by_prompt, pairs, counts = {}, [], Counter({"scored responses": len(examples)})
+    counts = Counter({"scored responses": len(examples)})
+    by_prompt = {}
     for example in examples:
         if example.score is None:
             raise SystemExit(f"{example.where}: has no score, so it makes no pair")
         by_prompt.setdefault(example.prompt, []).append(example)
+    pairs = []
     for prompt, group in by_prompt.items():
         group.sort(key=attrgetter("score"), reverse=True)
         half = len(group) // 2
@@ -223,7 +227,8 @@ def counts_line(counts):
 
 def parse_columns(text):
     """"prompt=question,completion=answer" -> {"prompt": "question", "completion": "answer"}"""
-    known, columns = {*OPTIONAL}.union(*FORMATS), {}
+    known = {*OPTIONAL}.union(*FORMATS)
+    columns = {}
     for item in filter(None, text.split(",")):
         ours, equals, theirs = item.partition("=")
         if not equals or ours not in known:
@@ -325,9 +330,9 @@ class Record:
         """A text, or the text of one assistant message; else a tuple of turns."""
         if isinstance(value, str):
             return self.text(value)
-        turns = value
-        if not isinstance(value, tuple):
-            turns = self.turns(value if isinstance(value, list) else [value])
+        if isinstance(value, dict):
+            value = [value]
+        turns = value if isinstance(value, tuple) else self.turns(value)
         if not turns or turns[0].role != "assistant" or turns[-1].role != "assistant":
             self.fail("a response must be a text, or messages from the assistant's to the "
                       f"assistant's; got roles {[turn.role for turn in turns]}")
@@ -393,7 +398,8 @@ def scored_text(row):
 
 
 def scored_texts(row):
-    prompt, responses, scores = row.prompt("prompt"), row.cells["responses"], row.cells["scores"]
+    prompt = row.prompt("prompt")
+    responses, scores = row.cells["responses"], row.cells["scores"]
     lists = isinstance(responses, list) and isinstance(scores, list)
     if not lists or len(responses) != len(scores) or not responses:
         row.fail("responses and scores must be two lists of one length")
@@ -415,8 +421,8 @@ def paired_alpaca(row):
 
 def whole_chats(row):
     """The turns that both chats share are the prompt. Of texts it is never a common beginning."""
-    prompt, chosen, rejected = _split(*(row.turns(row.cells[k]) for k in ("chosen", "rejected")))
-    return [row.pair(prompt, chosen, rejected)]
+    chosen, rejected = row.turns(row.cells["chosen"]), row.turns(row.cells["rejected"])
+    return [row.pair(*_split(chosen, rejected))]
 
 
 def _alpaca_prompt(row):
@@ -449,7 +455,8 @@ def _split(chosen, rejected):
 
     (user Q, assistant A), (user Q, assistant B) -> (user Q), (assistant A), (assistant B)
     """
-    shortest, n = min(len(chosen), len(rejected)), 0
+    shortest = min(len(chosen), len(rejected))
+    n = 0
     while n < shortest and chosen[n] == rejected[n]:
         n += 1
     while n and not (n < shortest and chosen[n].role == rejected[n].role == "assistant"):

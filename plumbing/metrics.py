@@ -77,13 +77,12 @@ def first_look(self, policy, micro_batch_size=0):
     batch = next(self.batches(policy, 0))
     self.running.clear()                                     # the step itself will count it
     self.running.update(before)
-    if batch.whole:
-        micro_batch_size = len(batch.units)
     loss = expected = largest = 0.0
     if "kl_logratios" in self.over_batch:
         largest = float(batch.known["kl_logratios"].abs().max())
     with parallel.alone():                                   # everybody looks at the whole batch
-        parts = parallel.deal(batch.units, policy.token_budget, micro_batch_size)
+        size = batch.part_size or micro_batch_size
+        parts = parallel.deal(batch.units, policy.token_budget, size)
     for part, _ in parts:
         found = self.measure(policy, batch, part)
         equal = {name: found[name] for name in self.wants}

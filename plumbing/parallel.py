@@ -94,6 +94,11 @@ def use_threads(policy):
     torch.set_num_threads(1 if small else share)
 
 
+def any_of(list_):
+    """Is the list of any process not empty?"""
+    return bool(total(torch.tensor(float(len(list_)))))
+
+
 def until_first_is_done():
     """Process 0 works alone at the end; at a barrier the others would give up after --timeout."""
     if size > 1 and rank == 0:

@@ -1,11 +1,13 @@
 """One command line on its way: what recipes ask for, and what a stage hands to the next."""
 
 import gc
+import hashlib
 import json
 import math
+import os
 import sys
-from contextlib import nullcontext
-from dataclasses import asdict
+from contextlib import contextmanager, nullcontext
+from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
 
@@ -168,7 +170,7 @@ class Run:
     def reference_table(self, units, path, what, model=None, every_row=False):
         """log pi_ref of the rows that the steps reach; kept in `path`, and read from there."""
         table = torch.full((len(units), len(units[0])), torch.nan, dtype=torch.float64)
-        if path.is_file():
+        if path.is_file() and not self.config.dry_run:
             table = checkpoint.load_table(path)
         rows = range(len(units))
         if not every_row:
@@ -198,21 +200,21 @@ class Run:
         if stage:
             folder = self.out / f"stage-{stage}"
             if not folder.exists():                          # the policy of the stage before
-                beside = checkpoint.export(self.actor, folder, eot=self.tokenizer.eot)
-                checkpoint.put_in_place(beside, folder)
+                checkpoint.export(self.actor, folder, self.tokenizer)
             self.reference_folder = str(folder)
         self.unmoved = first == 0 and (stage > 0 or self.starts_at_reference())
         units = self.recipe.stage_units(self, self.units, stage)
         reference = self.recipe.reference(self, units, stage)
         self.unmoved = False
-        return self.recipe.objective(self, units, reference)
+        objective = self.recipe.objective(self, units, reference)
+        objective.running = self.running
+        return objective
 
     # --- the folder
 
     def lock(self):
         if parallel.rank:
             return nullcontext()
-        rundir.check_disk(self.config, self.policy)
         return rundir.locked(self.out / "lock", wait=False)
 
     def record(self):
@@ -220,14 +222,22 @@ class Run:
         versions = {name: version(name) for name in ("torch", "transformers", "numpy")}
         versions["python"] = sys.version.split()[0]
         thumbs = [row.desirable for unit in self.source.units for row in unit]
+        rows = hashlib.sha256()                              # the reference's table is of these
+        for unit in self.units:
+            for row in unit:
+                rows.update(row.ids.tobytes() + row.mask.tobytes())
         found = {**asdict(self.config), **self.hyper, **self.options, "model": self.named,
                  "task": self.source.task, "source": self.recipe.learns_from,
                  "origin": self.origin, "n_desirable": thumbs.count(True),
-                 "n_undesirable": thumbs.count(False), "processes": parallel.size,
+                 "n_undesirable": thumbs.count(False),
+                 "rows": rows.hexdigest()[:16], "processes": parallel.size,
                  "versions": versions, "commit": rundir.commit()}
         self.settings = json.loads(json.dumps(found))
+        may_change = set(settings.MAY_CHANGE)
+        if self.stages > 1:                                  # steps done say which stage it is
+            may_change -= {"steps", "epochs"}
         if self.config.resume:
-            rundir.refuse_changes(self.out, self.settings, settings.MAY_CHANGE)
+            rundir.refuse_changes(self.out, self.settings, may_change)
 
     def prepare_folder(self, done):
         if parallel.rank == 0:
@@ -235,21 +245,50 @@ class Run:
             rundir.prepare(self.out, self.settings, done)
         parallel.barrier()
 
-    def quick_look(self):
+    def is_over(self, stage, step):
+        return stage + 1 == self.stages and step + 1 == self.config.steps
+
+    def begins(self, stage, first):
+        return stage == 0 and first == 0
+
+    @contextmanager
+    def diary(self, stage, first):
+        """What is written and shown after every step."""
+        steps = self.config.steps
+        bar = parallel.bar(self.stages * steps, f"{self.config.loss}, step", stage * steps + first)
+        file = open(os.devnull if parallel.rank else self.out / "metrics.jsonl", "a")
+        with bar, file:
+            yield Diary(self, stage, file, bar)
+
+    def quick_look(self, step):
+        """A few numbers on the tuning questions, every --eval_every steps; by process 0."""
+        every = self.config.eval_every
+        if not every or (step + 1) % every or parallel.rank:
+            return {}
         with parallel.alone():
-            return self.source.quick(self.actor, self.load_reference())
+            found = self.source.quick(self.actor, self.load_reference())
+        return {f"eval/{key}": value for key, value in found.items()}
+
+    # --- checkpoints
+
+    def save_checkpoint(self, stage, step, optimizer, reference):
+        done = stage * self.config.steps + step + 1
+        checkpoint.save(self.out / "checkpoint", done, self.policy, optimizer, self.running,
+                        moving_model(reference))
+
+    def load_checkpoint(self, optimizer, reference=None):
+        """-> steps done, over all stages"""
+        return checkpoint.load(self.out / "checkpoint", self.policy, optimizer, self.running,
+                               moving_model(reference))
 
     def finish(self):
         """model/, whole or absent; then what came out."""
-        config, eot = self.config, self.tokenizer.eot
+        config = self.config
         if not score(self.actor, self.source.units[:8]).isfinite().all():
             raise SystemExit("after the last step the policy's log-probs are not finite; a lower "
                              f"--lr. There is no model/, {self.out}/checkpoint has what is left")
-        beside = checkpoint.export(self.actor, self.out / "model", eot=eot,
-                                   adapter=config.save == "adapter")
-        if parallel.rank == 0:
-            self.tokenizer.save(beside)
-        checkpoint.put_in_place(beside, self.out / "model")
+        checkpoint.export(self.actor, self.out / "model", self.tokenizer,
+                          adapter=config.save == "adapter")
         if config.fsdp:                                      # judged by one process, whole
             self.policy = None
             config.fsdp = False
@@ -286,6 +325,30 @@ class Run:
                                 device=parallel.device)
         verdicts = evaluate.judge_comparison(config.out, self.settings, rows, judge, config.judge)
         print(evaluate.win_rate_lines(verdicts))
+
+
+@dataclass
+class Diary:
+    """metrics.jsonl and the progress bar of one stage."""
+    run: Run
+    stage: int
+    file: object
+    bar: object
+
+    def write(self, step, line):
+        steps = self.run.config.steps
+        line = {"step": self.stage * steps + step, "epoch": self.run.epoch(step)} | line
+        print(json.dumps(line), file=self.file, flush=True)
+        self.bar.update()
+        if (step + 1) % self.run.config.log_every == 0:
+            self.bar.set_postfix_str(f"loss {line['loss']:.3f}", refresh=False)
+
+
+def moving_model(reference):
+    """The model of a reference that moves, whose weights a checkpoint keeps; else None."""
+    if reference is None or not reference.every:
+        return None
+    return reference.model
 
 
 def given_z0(z0):

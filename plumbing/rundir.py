@@ -39,22 +39,6 @@ def check(config):
         raise SystemExit(f"--out {out}: holds files that are not a run's; choose another folder")
 
 
-def check_disk(config, policy):
-    """Is there room for the model and three checkpoints: two kept, one being written?"""
-    out = Path(config.out).absolute()
-    parent = next(path for path in (out, *out.parents) if path.exists())
-    if not os.access(parent, os.W_OK):
-        raise SystemExit(f"--out {config.out}: {parent} cannot be written to")
-    needed = 0
-    for p in policy.parameters():
-        copies = 10 if p.requires_grad else 1                # 3 x (weight, two means) + the model
-        needed += copies * p.numel() * p.element_size()
-    free = shutil.disk_usage(parent).free
-    if needed > free:
-        raise SystemExit(f"--out {config.out}: the model and its checkpoints need "
-                         f"{needed / 2**30:.1f} GiB, the disk has {free / 2**30:.1f} free")
-
-
 def prepare(out, record, done):
     """Write config.json; drop what a run that is replaced, or killed, has left."""
     if not done:

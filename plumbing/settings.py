@@ -11,7 +11,6 @@ import inspect
 import math
 import os
 import re
-import shutil
 from dataclasses import asdict, dataclass, field, fields
 
 import torch
@@ -217,34 +216,30 @@ def refuse(word, name, own, known):
 
 def reader(key, default):
     """A function from a flag's text to its value."""
-    words = WORDS.get(key) or (FIELDS[key].metadata["choices"] if key in FIELDS else ())
-    kind = float if default is None or key in NUMBER_TOO else type(default)
+    words = ("true", "false") if default is True else WORDS.get(key, ())
+    if key in FIELDS:
+        words = FIELDS[key].metadata["choices"] or words
+    kind = type(default)
+    if default is None or key in NUMBER_TOO:
+        kind = float
+    number = {int: "a whole number", float: "a number"}.get(kind)
+    valid = ", ".join([*words, number] if number else words)
 
     def read(text):
-        if default is True:
-            if text not in ("true", "false"):
-                raise argparse.ArgumentTypeError(f"{text!r}: valid are true, false")
-            return text == "true"
         if text in words:
+            return text == "true" if default is True else text
+        if kind in (str, tuple) and not words:
             return text
-        if words and key not in NUMBER_TOO:
-            raise argparse.ArgumentTypeError(f"{text!r}: valid are {', '.join(words)}")
-        if kind in (str, tuple):
-            return text
-        return number(text, kind, key, words)
+        try:
+            if words and key not in NUMBER_TOO:
+                raise ValueError
+            value = kind(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"{text!r}: valid are {valid}") from None
+        if not math.isfinite(value) and (key, value) != ("clamp", math.inf):     # WPO: no clamp
+            raise argparse.ArgumentTypeError(f"{text!r} is not a finite number")
+        return value
     return read
-
-
-def number(text, kind, key, words):
-    try:
-        value = kind(text)
-    except ValueError:
-        valid = ", ".join([*words, "a whole number" if kind is int else "a number"])
-        raise argparse.ArgumentTypeError(f"{text!r}: valid are {valid}") from None
-    unbounded = key == "clamp" and value == math.inf         # WPO: no clamp
-    if not math.isfinite(value) and not unbounded:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a finite number")
-    return value
 
 
 # --- what fits together -------------------------------------------------------------------------
@@ -268,25 +263,22 @@ def check(settings, typed):
 
 
 def clashes(config, own, typed):
-    """(is it so, the line that says what is valid)."""
+    """(is it so, the line that says what is valid): what would be ignored without a word."""
     yield config.overwrite and config.resume, "--overwrite and --resume: give one of them"
-    yield not 1 <= config.lambda_ratio <= 1.5, \
-        f"--lambda_ratio {config.lambda_ratio}: KTO's Eq. 9 asks for a ratio in [1, 1.5]"
+    yield not 1 <= config.lambda_ratio <= 1.5, "--lambda_ratio: KTO's Eq. 9 asks for [1, 1.5]"
     yield config.flip > 1, f"--flip {config.flip}: a share, from 0 to 1"
     yield "flip" in typed and config.data, "--flip: belongs to the embedded world, not to --data"
     yield config.model and not config.data, "--model: needs --data FILE to align it with"
     for key in OF_FILES:
         yield key in typed and not config.data, f"--{key}: needs --data FILE"
     yield config.tokenizer and config.model, "--tokenizer: --model brings its own tokenizer"
-    yield config.judge and not (config.data and config.eval_data), \
-        "--judge: needs --eval_data FILE, whose prompts both models answer"
+    yield config.judge and not config.eval_data, "--judge: needs --eval_data FILE to be asked about"
     yield own.get("z0") == "estimate" and config.batch_size == 1, \
         "--batch_size 1: z0 is estimated from mismatched pairs; give 2 or more, or --z0 zero"
-    yield not 0 < own.get("ref_mix", 1) <= 1, f"--ref_mix {own.get('ref_mix')}: a share, above 0"
-    yield own.get("reward") == "" , \
+    yield not 0 < own.get("ref_mix", 1) <= 1, "--ref_mix: a share, above 0 and up to 1"
+    yield own.get("reward") == "", \
         "--reward: --loss ppo needs a folder that --loss rm wrote, file.py:function, or world"
-    yield config.device not in ("", "cpu", "cuda", "mps"), f"--device {config.device}: " \
-        "valid are cpu, cuda, mps"
+    yield config.device not in ("", "cpu", "cuda", "mps"), "--device: valid are cpu, cuda, mps"
     yield config.device == "cuda" and not torch.cuda.is_available(), "--device cuda: there is none"
 
 
@@ -312,8 +304,6 @@ def clashes_of_models(settings):
         f"(--loss {config.loss}, z0 on_policy, slic_target sample)"
     yield config.compile and recipe.learner is not recipes.language_model, \
         f"--compile: not with --loss {config.loss}"
-    compilers = (os.environ.get("CXX", "g++"), "clang++", "cl")
-    yield config.compile and not any(map(shutil.which, compilers)), "--compile: no C++ compiler"
     whole = getattr(recipe.loss, "needs_whole_batch", False)
     yield whole and (config.micro_batch_size or processes > 1), \
         f"--loss {config.loss}: sorts its batch, so it needs one process and one micro-batch"

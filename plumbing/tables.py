@@ -1,8 +1,10 @@
 """The README's tables of objectives: their papers and ideas, and what they reach on the world."""
 
 import inspect
+import itertools
 import json
 import math
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -19,10 +21,10 @@ NAMES = list(dict.fromkeys([*recipes.LOSSES, *recipes.RECIPES]))
 
 
 def markdown(head, rows):
-    lines = [head, ["---"] * len(head)]
+    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     for row in rows:
-        lines.append([str(cell).replace("|", "\\|") for cell in row])
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+        lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |")
+    return "\n".join(lines)
 
 
 # --- what there is --------------------------------------------------------------------------------
@@ -32,31 +34,27 @@ def objectives():
     rows = []
     for name in NAMES:
         recipe = recipes.find(name)
-        file, line, paper, idea = source_of(name, recipe)
-        rows.append((f"[`{name}`]({file}.py#L{line})", paper, reference_of(recipe), data_of(recipe),
-                     idea, see(name, file)))
-    head = ["`--loss`, its equation", "paper", "reference", "data", "idea", "see"]
-    return markdown(head, rows)
+        link, paper, idea = source_of(name, recipe)
+        rows.append((f"[`{name}`]({link})", paper, reference_of(recipe), data_of(recipe), idea))
+    return markdown(("`--loss`, its equation", "paper", "reference", "data", "idea"), rows)
 
 
 def source_of(name, recipe):
-    """File, line, paper, idea: of a recipe's entry, else of the loss's docstring."""
+    """Where its code is, paper, idea: a recipe's own, else from the docstring of the loss."""
     if recipe.paper:
-        lines = (ROOT / "recipes.py").read_text().split("\n")
-        return "recipes", lines.index(f'    "{name}": Recipe(') + 1, recipe.paper, recipe.idea + "."
-    said = {}
-    for line in inspect.getdoc(recipe.loss).splitlines():
-        key, colon, text = line.strip().partition(": ")
-        said[key] = text
-    file = Path(inspect.getsourcefile(recipe.loss)).stem
-    return file, inspect.getsourcelines(recipe.loss)[1], said["Paper"], said["Idea"]
+        lines = (ROOT / "recipes.py").read_text().splitlines()
+        line = lines.index(f'    "{name}": Recipe(') + 1
+        return f"recipes.py#L{line}", recipe.paper, recipe.idea + "."
+    file, line = inspect.getsourcefile(recipe.loss), inspect.getsourcelines(recipe.loss)[1]
+    said = re.search(r"Paper: (.+?)\nIdea: (.+?\.)(\n|$)", inspect.getdoc(recipe.loss), re.DOTALL)
+    return f"{Path(file).name}#L{line}", " ".join(said[1].split()), " ".join(said[2].split())
 
 
 def reference_of(recipe):
-    if recipe.stage_units is not recipes.the_data:
-        return "the last stage"
     if recipe.reference is recipes.moving:
         return "moves"
+    if "stages" in recipe.flags:
+        return "the last stage"
     if recipe.reference is recipes.nothing or "reference" not in needs(recipe.wants):
         return "no"
     return "yes"
@@ -64,22 +62,10 @@ def reference_of(recipe):
 
 def data_of(recipe):
     words = {"thumbs": "labels", "replies": "good responses", "prompts": "prompts + a reward"}
-    found = [words.get(recipe.learns_from, recipe.learns_from)]
-    for name, column in (("score_gap", "scores"), ("chosen_win_prob", "win probabilities"),
-                         ("target_logps", "a third response")):
-        if name in recipe.wants:
-            found.append(column)
-    return " + ".join(found)
-
-
-def see(name, file):
-    if name == "ppo":
-        return "[pictures](notebooks/06_ppo_and_friends.ipynb)"
-    if file == "recipes":
-        return "[plane](results/claims/exact_frontier.png)"
-    if file == "ppo":
-        return "[test](tests/test_ppo.py)"
-    return f"[test](tests/test_{file}.py), [curve](notebooks/01_loss_landscapes.ipynb)"
+    columns = {"score_gap": "scores", "chosen_win_prob": "win probabilities",
+               "target_logps": "a third response"}
+    more = [columns[name] for name in recipe.wants if name in columns]
+    return " + ".join([words.get(recipe.learns_from, recipe.learns_from), *more])
 
 
 # --- what it reaches ------------------------------------------------------------------------------
@@ -88,26 +74,25 @@ KEPT = ("win_rate", "win_rate_ci95", "reward", "kl", "malformed", "length", "rew
         "reward_ref_greedy")
 
 
+def read_methods():
+    return json.loads(METHODS.read_text()) if METHODS.exists() else {}
+
+
 def run_methods(names, seeds):
     """results/methods.json: every objective's settings and runs, written after every run."""
     results = read_methods()
-    for seed in range(seeds):
-        for name in names:
-            folder = Path("out/methods") / f"{name}-{seed}"
-            if not (folder / "eval.json").exists():
-                done = subprocess.run(
-                    [sys.executable, str(ROOT / "train.py"), "--loss", name, "--seed", str(seed),
-                     "--out", str(folder), "--overwrite"], capture_output=True, text=True)
-                if done.returncode:
-                    print(f"{name}, seed {seed}: failed: {done.stderr.strip().splitlines()[-1]}")
-                    continue
-            add_run(results.setdefault(name, {"runs": []}), name, seed, folder)
-            rundir.write(METHODS, json.dumps(results, indent=1) + "\n")
-            print(f"{name}, seed {seed}: win rate {results[name]['runs'][-1]['win_rate']:.3f}")
-
-
-def read_methods():
-    return json.loads(METHODS.read_text()) if METHODS.exists() else {}
+    for seed, name in itertools.product(range(seeds), names):
+        folder = Path("out/methods") / f"{name}-{seed}"
+        argv = ["--loss", name, "--seed", str(seed), "--out", str(folder), "--overwrite"]
+        if not (folder / "eval.json").exists():
+            done = subprocess.run([sys.executable, str(ROOT / "train.py"), *argv],
+                                  stdout=subprocess.DEVNULL)
+            if done.returncode:                              # it has said why
+                print(f"{name}, seed {seed}: failed")
+                continue
+        add_run(results.setdefault(name, {"runs": []}), name, seed, folder)
+        rundir.write(METHODS, json.dumps(results, indent=1) + "\n")
+        print(f"{name}, seed {seed}: win rate {results[name]['runs'][-1]['win_rate']:.3f}")
 
 
 def add_run(entry, name, seed, folder):
@@ -125,24 +110,27 @@ def methods():
     """Mean +- standard deviation over seeds, best win rate first."""
     rows = []
     for name, entry in read_methods().items():
-        runs = {key: [run[key] for run in entry["runs"]]
-                for key in ("win_rate", "reward", "best", "kl", "malformed", "seconds")}
         used = entry["settings"]
-        knobs = [f"{knob} {used[knob]:g}, " for knob in ("beta", "tau", "gamma", "delta", "lam")
+        knobs = [f"{knob} {used[knob]:g}" for knob in ("beta", "tau", "gamma", "delta", "lam")
                  if knob in used]
-        rows.append((-np.mean(runs["win_rate"]), (
-            f"`{name}`", both(runs["win_rate"], 3), both(runs["reward"], 2),
-            f"{np.mean(runs['best']):.2f}", both(runs["kl"], 2), both(runs["malformed"], 2),
-            f"{np.mean(runs['seconds']):.0f}", "".join(knobs) + f"{used['lr']:g}")))
-    head = ["`--loss`", "win rate", "true utility", "best possible at this KL", "KL, nats",
-            "malformed", "CPU s", "beta, lr"]
-    return markdown(head, [row for _, row in sorted(rows, key=lambda row: row[0])])
+        win_rate = np.mean([run["win_rate"] for run in entry["runs"]])
+        rows.append((-win_rate, (
+            f"`{name}`", over_seeds(entry, "win_rate", 3), over_seeds(entry, "reward", 2),
+            over_seeds(entry, "best", 2, spread=False), over_seeds(entry, "kl", 2),
+            over_seeds(entry, "malformed", 2), over_seeds(entry, "seconds", 0, spread=False),
+            ", ".join([*knobs, f"{used['lr']:g}"]))))
+    head = ("`--loss`", "win rate", "true utility", "best possible at this KL", "KL, nats",
+            "malformed", "CPU s", "beta, lr")
+    rows.sort(key=lambda row: row[0])
+    return markdown(head, [cells for _, cells in rows])
 
 
-def both(values, digits):
-    if len(values) == 1:
-        return f"{values[0]:.{digits}f}"
-    return f"{np.mean(values):.{digits}f} +- {np.std(values, ddof=1):.{digits}f}"
+def over_seeds(entry, key, digits, spread=True):
+    values = [run[key] for run in entry["runs"]]
+    text = f"{np.mean(values):.{digits}f}"
+    if spread and len(values) > 1:
+        text += f" +- {np.std(values, ddof=1):.{digits}f}"
+    return text
 
 
 # --- verdicts -------------------------------------------------------------------------------------

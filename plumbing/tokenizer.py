@@ -25,7 +25,7 @@ PLAIN_TEMPLATE = (
 
 
 class Tokenizer:
-    """A tiktoken.Encoding; HFTokenizer below is the same for a Hugging Face tokenizer."""
+    """Over a tiktoken.Encoding; HFTokenizer, below, is the same over a Hugging Face tokenizer."""
 
     def __init__(self, backend):
         self.backend = backend
@@ -57,12 +57,14 @@ class Tokenizer:
             owner   -1 .......................................... 1 1 1 1
 
         owner is the index of the assistant's turn that a token belongs to, else -1. To a turn
-        belong its content and the template's text up to the end-of-text token that follows, if
-        there is one: so the model learns to stop. The last turn always has its end-of-text;
-        with end=False it stops after its content. Tool calls are the template's own text.
+        belong its content and the template's text up to the next end-of-text, if it writes one:
+        so the model learns to stop. The last turn always has its end-of-text; with end=False it
+        stops after its content. Tool calls are the template's own text.
         """
-        ids, owner, last = [], [], len(turns) - 1
-        speaker, content_end = NOBODY, 0
+        ids, owner = [], []
+        last = len(turns) - 1
+        speaker = NOBODY
+        content_end = 0
         for piece, turn in self._pieces(turns, ask=False):
             closing = 0
             if turn == NOBODY and self.eot in piece:
@@ -76,8 +78,7 @@ class Tokenizer:
             if turn == last:
                 content_end = len(ids)
         if not content_end:
-            raise ValueError("the last turn is nothing but tool calls, and those the chat "
-                             "template writes: it cannot be trained")
+            raise ValueError("the last turn is nothing but tool calls: the template writes those")
         if not end:
             return ids[:content_end], owner[:content_end]
         n = max(i for i, turn in enumerate(owner) if turn == last) + 1
@@ -91,7 +92,8 @@ class Tokenizer:
         Without a template a turn is "User:\\n" (or System, Assistant, Tool), its content, for the
         assistant the end-of-text, and a blank line. Tool calls follow the content, as JSON.
         """
-        pieces, text = [(self.bos, NOBODY)], ""
+        pieces = [(self.bos, NOBODY)]
+        text = ""                                 # of ours, not yet encoded
         for index, turn in enumerate(turns):
             text += f"{turn.role.capitalize()}:\n"
             content = _with_calls(turn)
@@ -108,7 +110,8 @@ class Tokenizer:
 
     def save(self, folder):
         """What load_tokenizer reads, and what transformers' AutoTokenizer reads."""
-        encoding, folder = self.backend, Path(folder)
+        encoding = self.backend
+        folder = Path(folder)
         tokens = sorted(encoding._mergeable_ranks, key=encoding._mergeable_ranks.get)
         (folder / "tiktoken.json").write_text(json.dumps({
             "name": encoding.name, "pat_str": encoding._pat_str,
@@ -129,8 +132,7 @@ class HFTokenizer(Tokenizer):
 
     def __init__(self, backend):
         if backend.eos_token_id is None:
-            raise SystemExit("--model: its tokenizer has no end-of-text token (eos_token); "
-                             "add one to tokenizer_config.json")
+            raise SystemExit("--model: its tokenizer has no end-of-text token (eos_token)")
         self.backend, self.eot, self.vocab_size = backend, backend.eos_token_id, len(backend)
         probe = backend("a").input_ids                     # does it begin with a BOS? ask it
         self.bos = [i for i in probe[:1] if i == backend.bos_token_id]
@@ -168,7 +170,8 @@ class HFTokenizer(Tokenizer):
             raise ValueError(f"the chat template refuses this conversation: {one_line(error)}")
         # template, number, template, number, ..., template
         parts = re.split("\u27e6(\\d+):content\u27e7", text)
-        own, numbers = parts[::2], [int(n) for n in parts[1::2]]
+        own = parts[::2]
+        numbers = [int(n) for n in parts[1::2]]
         if sorted(numbers) != list(range(len(hidden))) or re.search("[\u27e6\u27e7]", "".join(own)):
             roles = ", ".join(turn.role for turn in turns)
             raise ValueError(f"the chat template loses or changes a message; the roles are {roles}")
@@ -203,13 +206,14 @@ def _message(turn, index, hide, control):
 # --- loading and saving ---------------------------------------------------------------------------
 
 def load_tokenizer(name=None, *, trust_remote_code=False):
-    """A tokenizer: bytes (no name), a folder, or a name of the Hugging Face hub.
+    """A tokenizer: bytes (no name), or that of a folder or of a name of the Hugging Face hub.
 
-    A folder holds our own tokenizer (tiktoken.json), GPT-2's (vocab.bpe + encoder.json), or a
-    Hugging Face tokenizer. SystemExit with one line if there is none.
+    A folder has tiktoken.json (ours), vocab.bpe + encoder.json (GPT-2's) or tokenizer.json.
     """
     if name is None:
-        return Tokenizer(bytes_encoding())
+        return Tokenizer(tiktoken.Encoding("bytes", pat_str=r"[^\n]+|\n",
+                                           mergeable_ranks={bytes([i]): i for i in range(256)},
+                                           special_tokens={EOT: 256}))
     folder = Path(name)
     if (folder / "tiktoken.json").is_file():
         return Tokenizer(_our_encoding(folder))
@@ -227,14 +231,9 @@ def load_tokenizer(name=None, *, trust_remote_code=False):
         backend = AutoTokenizer.from_pretrained(name, local_files_only=local,
                                                 trust_remote_code=trust_remote_code)
     except Exception as error:         # many libraries' own: broken files, offline, no such name
-        raise SystemExit(f"--tokenizer {name}: no tokenizer that can be read, neither in a folder "
-                         f"nor online ({one_line(error)})")
+        raise SystemExit(f"--tokenizer {name}: cannot be read, from a folder or online "
+                         f"({one_line(error)})")
     return HFTokenizer(backend)
-
-
-def bytes_encoding():
-    return tiktoken.Encoding("bytes", pat_str=r"[^\n]+|\n", special_tokens={EOT: 256},
-                             mergeable_ranks={bytes([i]): i for i in range(256)})
 
 
 def _our_encoding(folder):

@@ -1,9 +1,10 @@
-"""TRL's side of bench.py, where TRL is installed: the same weights, rows and mismatched responses."""
+"""TRL's side of bench.py, where it is installed: same weights, rows, mismatched responses."""
 
 import torch
 
 import model
 import train
+from plumbing import parallel
 
 # Columns of its collator, for each row of a unit: tokens, log-prob under the reference.
 COLUMNS = {"kto": [("completion_ids", "ref_logps"), ("KL_completion_ids", "ref_KL_logps")],
@@ -19,32 +20,22 @@ def missing():
                 "To compare: pip install trl==1.16.0")
 
 
+def import_all():
+    """What a trainer imports when it is first made."""
+    import transformers.models.gpt2.modeling_gpt2  # noqa: F401
+    import trl.trainer.dpo_trainer  # noqa: F401
+    import trl.trainer.kto_trainer  # noqa: F401
+
+
 def word_tokenizer(vocab):
     """Numbers as words, "17 4 230 " <-> [17, 4, 230]: both sides read the same tokens."""
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
-    words = {str(i): i for i in range(vocab)}
+    words = {str(i): i for i in range(vocab - 1)} | {"<end>": vocab - 1}
     backend = Tokenizer(models.WordLevel(words, unk_token="0"))
     backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    return PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="0",
-                                   eos_token=str(vocab - 1))
-
-
-def records_of(units):
-    """Units as the text that they came from, without the end-of-text, which both sides add."""
-    def text(ids):
-        return "".join(f"{token} " for token in ids)
-
-    records = []
-    for unit in units:
-        record = {"prompt": text(unit[0].ids[:unit[0].n_prompt])}
-        answers = [text(row.response[:-1]) for row in unit]
-        if len(unit) > 1:
-            record |= {"chosen": answers[0], "rejected": answers[1]}
-        else:
-            record |= {"completion": answers[0], "label": unit[0].desirable}
-        records.append(record)
-    return records
+    # Special tokens are found within words: one that is called "0" would cut "20" in two.
+    return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<end>", pad_token="<end>")
 
 
 class Theirs:
@@ -53,7 +44,7 @@ class Theirs:
     cached: it is given the reference's log-probs in place of a model.
     """
 
-    def __init__(self, case, folder, records, device, *, cached=False):
+    def __init__(self, case, folder, records, *, cached=False):
         from accelerate.state import AcceleratorState
         from datasets import Dataset
         from transformers import AutoModelForCausalLM, PrinterCallback
@@ -63,18 +54,20 @@ class Theirs:
         if case.loss == "dpo":
             config, trainer = DPOConfig, DPOTrainer
 
-        def load(name):
-            return AutoModelForCausalLM.from_pretrained(folder / name, dtype=torch.float32)
-
+        load = AutoModelForCausalLM.from_pretrained
+        policy = load(folder / "policy", dtype=torch.float32)
+        reference = None
+        if not cached:
+            reference = load(folder / "ref", dtype=torch.float32)
         settings = config(
             output_dir=str(folder / "trl"), per_device_train_batch_size=case.batch_size, beta=0.1,
-            gradient_checkpointing=False, bf16=case.dtype == "bf16", max_length=None,
-            use_cpu=device.type == "cpu", report_to="none", learning_rate=1e-6,
+            gradient_checkpointing=False, bf16="--dtype=bf16" in case.flags,
+            use_cpu=parallel.device.type == "cpu", report_to="none", learning_rate=1e-6,
             save_strategy="no", logging_strategy="no", disable_tqdm=True, num_train_epochs=1,
-            dataloader_pin_memory=False, precompute_ref_log_probs=cached)
+            dataloader_pin_memory=False, precompute_ref_log_probs=cached, max_length=None)
         self.columns = COLUMNS[case.loss]
         self.trainer = trainer(
-            model=load("policy"), ref_model=None if cached else load("ref"), args=settings,
+            model=policy, ref_model=reference, args=settings,
             train_dataset=Dataset.from_list(records), processing_class=word_tokenizer(case.vocab))
         self.trainer.remove_callback(PrinterCallback)        # no lines in the middle of a table
         # As its train() does: bf16 is an autocast around the model's forward.
@@ -84,11 +77,10 @@ class Theirs:
     def inputs(self, ours, step, cached):
         """Our batch, mismatched responses included, through its collator."""
         examples = []
-        for i in ours.indices(step):
-            unit = ours.units[i]
+        table = ours.objective.reference.table[ours.indices(step)].tolist()
+        for unit, ref_logps in zip(ours.units(step), table):
             example = {"prompt_ids": unit[0].ids[:unit[0].n_prompt].tolist(),
                        "label": unit[0].desirable}
-            ref_logps = ours.reference_table[i].tolist()
             for row, ref, (tokens, ref_column) in zip(unit, ref_logps, self.columns):
                 example[tokens] = row.response.tolist()
                 if cached:
@@ -108,16 +100,13 @@ class Theirs:
             trainer.optimizer.step()
         return float(loss)
 
-    def score(self, ours, step):
-        self.trainer.compute_ref_log_probs(self.model, self.inputs(ours, step, False))
-
 
 def apart(ours, theirs):
-    """Both losses of step 0, and the largest relative difference of a tensor's gradient."""
-    policy = ours.policy
+    """How far the losses of step 0 are apart, and the gradients: the worst tensor's, relative."""
+    policy = ours.run.policy
     batch = next(ours.objective.batches(policy, 0))
     loss = 0.0
-    for part, weight in train.parts_of(batch, policy, ours.case):
+    for part, weight in train.parts_of(batch, policy, ours.run.config):
         losses = ours.objective.losses(ours.objective.measure(policy, batch, part))
         share = weight * losses.sum() / batch.n
         share.backward()
@@ -126,12 +115,16 @@ def apart(ours, theirs):
     gradients = {name: p.grad for name, p in theirs.model.named_parameters()}
     worst = 0.0
     for name, p in policy.named_parameters():
-        mine, name = p.grad, name.removeprefix("lm.")
+        mine = p.grad
+        theirs_name = name.removeprefix("lm.")
         if isinstance(policy, model.GPT):
-            mine = mine.t() if name.endswith(model.GPT.TRANSPOSED) else mine
-            name = "transformer." + name
+            theirs_name = "transformer." + name
+            if name.endswith(model.GPT.TRANSPOSED):          # as transformers stores it
+                mine = mine.t()
         if mine.norm() > 0:
-            worst = max(worst, float((mine - gradients[name]).norm() / mine.norm()))
+            difference = (mine - gradients[theirs_name]).norm()
+            worst = max(worst, float(difference / mine.norm()))
     ours.optimizer.zero_grad()
     theirs.trainer.optimizer.zero_grad()
-    return {"loss": loss, "loss_trl": loss_trl, "gradient_apart": worst}
+    return {"loss": loss, "loss_trl": loss_trl, "loss_apart": abs(loss / loss_trl - 1),
+            "gradient_apart": worst}

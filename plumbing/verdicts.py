@@ -29,10 +29,11 @@ def t975(freedom):
 
 def interval(values):
     """95 % t interval of the mean over seeds.   (n,) -> (mean, low, high)"""
-    values, n = np.asarray(values, float), len(values)
-    mean, half = float(values.mean()), math.inf
-    if n > 1:
-        half = float(t975(n - 1) * values.std(ddof=1) / math.sqrt(n))
+    values = np.asarray(values, float)
+    mean = float(values.mean())
+    half = math.inf
+    if len(values) > 1:
+        half = float(t975(len(values) - 1) * values.std(ddof=1) / math.sqrt(len(values)))
     return mean, mean - half, mean + half
 
 
@@ -70,7 +71,8 @@ class Runs:
     def __init__(self, arms, store, seeds):
         # Arms that nobody has run yet are left out: a new objective needs no runs at once.
         self.arms = {label: arm for label, arm in arms.items() if arm.key in store}
-        self.store, self.seeds = store, seeds
+        self.store = store
+        self.seeds = seeds
 
     def of(self, label):
         """The runs as they are stored."""
@@ -144,9 +146,11 @@ def dpo_minimum(ref, better, beta):
 def kto_minimum(ref, liked, beta):
     """Where KTO's is, with z0 = 0; liked: the share of thumbs that are up   (n,)"""
     def loss(logp):
-        ratios, up = logp - ref, torch.ones(len(ref), dtype=torch.bool)
+        ratios = logp - ref
+        up = torch.ones(len(ref), dtype=torch.bool)
         none = ratios.detach()[:0]
-        good, bad = kto_loss(ratios, up, none, beta=beta), kto_loss(ratios, ~up, none, beta=beta)
+        good = kto_loss(ratios, up, none, beta=beta)
+        bad = kto_loss(ratios, ~up, none, beta=beta)
         return (liked * good + (1 - liked) * bad).sum()
     return solve(loss, len(ref))
 
@@ -183,7 +187,8 @@ def spin_distances(lam, n):
 
     SPIN's exact step: log p' = (1 - 1/lam) log p + (1/lam) log p_data, normalised.
     """
-    p, goal = table_of_replies(0)[0], torch.log_softmax(table_of_replies(1)[1], 0)
+    p, _ = table_of_replies(0)
+    goal = torch.log_softmax(table_of_replies(1)[1], 0)
     distances = []
     for _ in range(n + 1):
         distances.append(float((p - goal).max() - (p - goal).min()))

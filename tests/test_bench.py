@@ -1,9 +1,7 @@
-"""bench.py: the formulas against counting, the ratios on planted times, and a tiny case from end to end."""
+"""bench.py: the formulas against counting, the ratios on planted times, tiny cases end to end."""
 import json
 import re
-import shutil
 import sys
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,127 +10,121 @@ import torch
 import bench
 import data
 import model
+from plumbing import parallel, trl_side
 
-TINY = (1, 2, 16)
+TINY = (1, 2, 16)                    # layers, heads, width
 
 
-def row(prompt, response):
-    return data.make_row([1] * prompt, [2] * response)
+def lines_of(file):
+    return [json.loads(line) for line in file.read_text().splitlines()]
 
 
 def test_attention_flops_count_every_pair_of_a_query_and_a_key_it_sees():
-    for c, before in ((1, 0), (5, 0), (4, 3)):
-        pairs = sum(1 for i in range(before, before + c) for j in range(i + 1))                       # token i sees 0 .. i
-        assert bench.attention_flops(c, before, d=8, layers=2) == 2 * pairs * (2 * 8 + 2 * 8)         # q.k and p.v: 2 d each
+    for queries, before in ((1, 0), (5, 0), (4, 3)):
+        pairs = sum(before + i + 1 for i in range(queries))                      # itself too
+        found = bench.attention_flops(queries, before, width=8, layers=2)
+        assert found == 2 * pairs * (2 * 8 + 2 * 8)                              # q.k and p.v
 
 
-def test_a_pass_is_its_matmuls_counted_by_hand():
-    shape = dict(trunk=100, vocab=50, d=4, layers=1)
-    one, pair = (row(3, 2),), (row(3, 2), row(3, 4))
-    attention = lambda p, *cs: 16 * (p * (p + 1) / 2 + sum(c * p + c * (c + 1) / 2 for c in cs))      # noqa: E731   4 d = 16 per pair
-    assert bench.pass_flops([one], **shape) == 2 * 100 * 5 + 2 * 50 * 4 * 2 + attention(3, 2)
-    assert bench.pass_flops([pair], **shape) == 2 * 100 * 9 + 2 * 50 * 4 * 6 + attention(3, 2, 4)     # the prompt once
-    assert bench.beside_flops([one], **shape) == 2 * 100 * 2 + 2 * 50 * 4 * 2 + 16 * (2 * 3 + 3)      # its keys are there already
+def test_a_pass_is_its_matmuls_counted_by_hand_with_a_shared_prompt_once():
+    shape = dict(trunk=100, vocab=50, width=4, layers=1)
+    two, four = (data.make_row([1] * 3, [2] * n) for n in (2, 4))
+    prompt = 2 * 100 * 3 + 16 * (1 + 2 + 3)                                      # 4 width = 16
+    of_two = 2 * (100 + 50 * 4) * 2 + 16 * (4 + 5)
+    of_four = 2 * (100 + 50 * 4) * 4 + 16 * (4 + 5 + 6 + 7)
+    assert bench.pass_flops([(two,)], **shape) == prompt + of_two
+    assert bench.pass_flops([(two, four), (two,)], **shape) == 2 * prompt + 2 * of_two + of_four
 
 
-def test_the_trunk_of_a_gpt_has_12_d_squared_per_layer():
+def test_the_trunk_of_a_gpt_has_12_width_squared_per_layer():
     net = model.GPT(model.GPTConfig(vocab_size=30, context=8, n_layer=3, n_head=2, d_model=16))
-    assert bench.shape_of(net) == dict(trunk=3 * 12 * 16**2, vocab=30, d=16, layers=3)
+    assert bench.shape_of(net) == dict(trunk=3 * 12 * 16**2, vocab=30, width=16, layers=3)
 
 
-def test_ratios_are_medians_over_batches_that_both_had_and_the_first_only_warms_up():
-    planted = {"ours": [99, 1, 2, 4], "theirs": [1, 3, 4, 20]}                                         # the machine slows down: 3, 2, 5 times
+def test_variants_take_turns_and_the_first_step_only_warms_up():
     order = []
 
-    def timer(f):
-        name, k = f()
-        order.append(name)
-        return planted[name][k]
+    def variant(name):
+        return lambda step: order.append(name + str(step)) or step
 
-    times = bench.alternate({n: lambda k, n=n: (n, k) for n in planted}, range(4), timer)
-    assert times == {"ours": [1, 2, 4], "theirs": [3, 4, 20]} and bench.ratio(times["theirs"], times["ours"]) == 3
-    assert order[:4] == ["ours", "theirs", "theirs", "ours"]                                          # nobody always goes first
-    assert bench.ratio(None, [1]) is None and bench.spread([1.0] * 9) == 0 and bench.spread(range(1, 102)) == pytest.approx(80 / 51)
+    times = bench.alternate({"a": variant("a"), "b": variant("b")}, 3, timer=lambda f: f())
+    assert order == ["a0", "b0", "b1", "a1", "a2", "b2"]                 # nobody always first
+    assert times == {"a": [1, 2], "b": [1, 2]}
 
 
-@pytest.mark.parametrize("error", [MemoryError(), torch.OutOfMemoryError("CUDA"), RuntimeError("DefaultCPUAllocator: can't allocate memory: 99 bytes")], ids=repr)
-def test_who_runs_out_of_memory_is_left_out_and_the_others_go_on(error):
-    def greedy(batch):
-        raise error
+def test_a_row_has_medians_over_steps_of_ratios_and_of_the_share_of_the_limit(monkeypatch):
+    def planted(variants, steps):                                # the machine slows down meanwhile
+        for step in range(steps):
+            variants["peak"](step)
+        return {"nanokto": [1.0, 2.0, 4.0], "online": [3.0, 4.0, 20.0], "peak": []}
 
-    times = bench.alternate({"greedy": greedy, "modest": lambda batch: None}, range(3))
-    assert times["greedy"] is None and len(times["modest"]) == 2
-    with pytest.raises(RuntimeError, match="shapes"):                                                 # any other error is one
-        bench.alternate({"wrong": lambda batch: torch.ones(2) @ torch.ones(3) or "shapes"} | {"wrong": lambda b: (_ for _ in ()).throw(RuntimeError("shapes"))}, range(1))
-
-
-def test_a_case_without_memory_is_a_row_that_says_so(monkeypatch, tmp_path, capsys):
-    real = bench.measure_step
-    monkeypatch.setattr(bench, "measure_step", lambda case, *how: real(case, *how) if case.kind == "dpo" else (_ for _ in ()).throw(MemoryError()))
-    monkeypatch.setattr(bench, "trl_missing", lambda: "no TRL here")
-    bench.bench(["kto-8-8", "dpo-8-8"], "cpu", True, tmp_path / "bench.jsonl", size=TINY, repeats=1, tokens=64)
-    first, second = [json.loads(x) for x in open(tmp_path / "bench.jsonl")]
-    assert first["note"] == "out of memory" and second["case"] == "dpo-8-8" and second["tokens_per_second"] > 0
-    assert "out of memory" in capsys.readouterr().out
+    matmuls = iter([9.0, 1.0, 2.0, 3.0])                         # the first one warms up
+    monkeypatch.setattr(bench, "alternate", planted)
+    monkeypatch.setattr(bench, "matmul_seconds", lambda case: next(matmuls))
+    row = bench.measure(bench.Case(), {}, lambda step: 100 * step, 3, lambda step: 0.1 * step)
+    assert row["vs_online"] == 3                                 # 3, 2 and 5 times
+    assert row["tokens_per_second"] == 100                       # 100/1, 200/2, 300/4
+    assert row["of_limit"] == pytest.approx(0.2)                 # .1 1/1, .2 2/2, .3 3/4
+    assert row["seconds"] == {"nanokto": 2.0, "online": 4.0}
 
 
-@pytest.mark.parametrize("name", ["kto-8-8", "dpo-8-8-bf16", "kto-8-8-llama", "score-8-8", "generate", "epoch-kto", "epoch-dpo",
-                                  "kto-8-8-8b-bf16-checkpoint", "kto-8-8-8b-bf16-lora-checkpoint"])
-def test_a_tiny_case_runs_from_end_to_end_without_trl_and_appends_a_line(monkeypatch, tmp_path, capsys, name):
-    monkeypatch.setitem(sys.modules, "trl", None)                                                     # as if it were not installed
-    bench.bench([name], "cpu", True, tmp_path / "bench.jsonl", size=(1, 4, 16) if "8b" in name else TINY, vocab=512, repeats=1, tokens=64, new=4)
-    out = capsys.readouterr().out
-    assert out.count("pip install trl") == 1 and len(out.splitlines()) <= 4                           # TRL, head, the case, a busy machine
-    r, = [json.loads(x) for x in open(tmp_path / "bench.jsonl")]
-    assert r["case"] == name and r["tokens_per_second"] > 0 and r["device"] and r["date"] and r["versions"]["torch"] == torch.__version__
-    assert r.get("vs_online") is None and name in out
-    if name.startswith(("kto", "dpo", "score")):
-        assert 0 < r["of_limit"] < 1 and r["tokens_per_second"] > r["trained_per_second"]
+def test_tiny_cases_run_from_end_to_end_without_trl_and_append_their_lines(tmp_path, monkeypatch,
+                                                                           capsys):
+    monkeypatch.setitem(sys.modules, "trl", None)                # as if it were not installed
+    names = ["kto-8-8", "dpo-8-8-bf16", "kto-8-8-llama-lora-checkpoint", "generate", "epoch-dpo"]
+    out = tmp_path / "bench.jsonl"
+    bench.bench(names, out, "--micro_batch_size=1", repeats=1, tokens=32, new=4, shape=TINY)
+    said = capsys.readouterr().out
+    assert said.count("pip install trl") == 1 and all(name in said for name in names)
+    assert [row["case"] for row in lines_of(out)] == names
+    for row in lines_of(out):
+        assert row["tokens_per_second"] > 0 and row["device"] and row["date"] and row["commit"]
+        assert row["versions"]["torch"] == torch.__version__
+        assert row["case"] in ("generate", "epoch-dpo") or 0 < row["of_limit"] < 1
 
 
-@pytest.mark.parametrize("name", ["kto-8-8", "dpo-8-8", "kto-8-8-llama"])
-def test_trls_step_has_our_loss_and_our_gradient(tmp_path, name):
-    pytest.importorskip("trl")
-    case = bench.Case.named(name, size=TINY, tokens=128)
-    bench.make_models(tmp_path, case)
-    ours = bench.Ours(case, tmp_path, 1, "cpu").cache()
-    theirs = bench.Theirs(case, tmp_path, bench.records_of(ours.units), "cpu")
-    mine, trl, gradient = bench.apart(ours, theirs, ours.batches[0])
-    assert mine == pytest.approx(trl, rel=1e-5) and gradient < 1e-4                                   # float32; the second is per tensor, small ones included
-    assert mine != pytest.approx({"kto": 0.5, "dpo": 0.6931472}[case.kind], rel=1e-4), "policy and reference are apart"
+def test_a_case_without_memory_is_a_row_that_says_so_and_the_others_go_on(tmp_path, monkeypatch):
+    def no_room(case, *how):
+        if case.loss == "kto":
+            raise torch.OutOfMemoryError("CUDA")
+        return {"tokens_per_second": 1.0}
+
+    monkeypatch.setitem(bench.MEASURE, "step", no_room)
+    bench.bench(["kto-8-8", "dpo-8-8"], tmp_path / "b.jsonl", shape=TINY)
+    first, second = lines_of(tmp_path / "b.jsonl")
+    assert first["note"] == "out of memory" and second["tokens_per_second"] == 1.0
 
 
-@pytest.mark.parametrize("name", ["kto-8-8-bf16", "dpo-8-8-bf16"])
-def test_trls_policy_and_reference_compute_in_bf16_where_ours_do(tmp_path, name):
-    pytest.importorskip("trl")
-    case, seen = bench.Case.named(name, size=TINY, tokens=64), []
-    bench.make_models(tmp_path, case)
-    ours = bench.Ours(case, tmp_path, 1, "cpu").cache()
-    theirs = bench.Theirs(case, tmp_path, bench.records_of(ours.units), "cpu")
-    for net in (theirs.trainer.model, theirs.trainer.ref_model):
-        net.transformer.h[0].mlp.c_fc.register_forward_hook(lambda module, args, out: seen.append(out.dtype))
-    theirs.step(ours, ours.batches[0], False)
-    assert seen == [torch.bfloat16] * {"kto": 4, "dpo": 2}[case.kind]                                # y, and for KTO y', by both
-
-
-def test_both_sides_read_the_same_tokens():
-    units = bench.make_units(bench.Case.named("dpo-8-8"), 5)
-    found, _ = data.encode([data.parse(r)[1][0] for r in bench.records_of(units)], data.Tokenizer(bench.word_tokenizer(512)))
-    assert all(a.ids.tolist() == b.ids.tolist() and a.n_prompt == b.n_prompt for u, v in zip(units, found) for a, b in zip(u, v))
-
-
+@pytest.mark.slow
 def test_peak_memory_is_that_of_a_process_of_its_own(tmp_path):
-    case = bench.Case.named("memory-kto-8-8", size=TINY, tokens=64)
-    bench.make_models(tmp_path, case)
-    shutil.rmtree(tmp_path / "ref")                                                                   # the steps alone: nobody asks for the reference
-    assert 0 < bench.peak_memory(case, "micro-batches", tmp_path, "cpu") < 500
+    case = bench.case_named("memory-kto-8-8", shape=TINY, tokens=64)
+    bench.make_models(case, tmp_path)
+    peaks = bench.measure_memory(case, 1, False, tmp_path)["peak_mb"]
+    assert list(peaks) == ["nanokto", "micro-batches"]
+    assert all(0 < peak < 700 for peak in peaks.values())        # MB; the parent holds more
 
 
-def test_memory_is_measured_of_each_variant_and_trls_only_where_it_is(monkeypatch):
-    monkeypatch.setattr(bench, "peak_memory", lambda case, side, folder, device: "out of memory" if side == "TRL online" else 12.3)
-    row = bench.measure_memory(bench.Case.named("memory-dpo-8-8"), "cpu", 1, True, None)
-    assert bench.line("memory-dpo-8-8", row).endswith("peak MB: nanokto 12, micro-batches 12, TRL online out of memory, TRL cached 12")
-    assert list(bench.measure_memory(bench.Case.named("memory-8-8"), "cpu", 1, False, None)["peak_mb"]) == ["nanokto", "micro-batches"]
+def test_both_sides_read_the_numbers_that_were_drawn_as_words():
+    tokenizer = trl_side.word_tokenizer(512)
+    for loss, columns in (("kto", ["prompt", "completion"]), ("dpo", ["chosen", "rejected"])):
+        for record in bench.records(bench.case_named(f"{loss}-8-8"), 20):
+            for column in columns:
+                ids = tokenizer(record[column])["input_ids"]
+                assert ids and ids == [int(word) for word in record[column].split()]
+
+
+def test_trls_step_has_our_loss_and_our_gradient(tmp_path):
+    pytest.importorskip("trl")
+    for name in ("kto-8-8", "dpo-8-8", "kto-8-8-llama"):
+        case = bench.case_named(name, shape=TINY, tokens=128)
+        folder = tmp_path / name
+        folder.mkdir()
+        bench.make_models(case, folder)
+        ours = bench.Ours(case, folder, 1)
+        theirs = trl_side.Theirs(case, folder, list(bench.records(case, 8)))
+        row = trl_side.apart(ours, theirs)
+        assert row["loss_apart"] < 1e-5 and row["gradient_apart"] < 1e-4         # float32
+        assert abs(row["loss"] - {"kto": 0.5, "dpo": np.log(2)}[case.loss]) > 1e-6
 
 
 def test_the_ideal_has_the_floors_shape_and_is_nowhere_above_what_was_measured():
@@ -140,42 +132,45 @@ def test_the_ideal_has_the_floors_shape_and_is_nowhere_above_what_was_measured()
     assert bench.ideal(seconds, floor).tolist() == [3, 6, 9]
 
 
-def test_the_scaling_picture_has_all_its_panels(monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr(bench, "step_cost", lambda length, examples, *how, **more: (length * 1e-5 + 1e-4 / examples, float(length)))
+def test_scaling_draws_four_panels_and_appends_a_line_for_each(tmp_path, monkeypatch):
+    monkeypatch.setattr(bench, "step_cost", lambda length, *how, **more: (length * 1e-5, length))
     monkeypatch.setattr(bench, "data_cost", lambda n: (1e-5, 900.0))
-    monkeypatch.setattr(bench, "subprocess", SimpleNamespace(run=lambda words, **how: SimpleNamespace(stdout=f"1e-5 {int(words[words.index('--nproc_per_node') + 1])}")))
     bench.main(["scaling", "--device", "cpu", "--out", str(tmp_path / "bench.jsonl")])
-    rows = {r["case"].removeprefix("scaling: "): r for r in map(json.loads, open(tmp_path / "bench.jsonl"))}
-    ends = {name: (min(r["sizes"]), max(r["sizes"])) for name, r in rows.items()}
-    assert ends == {"tokens per row (KTO)": (64, 4096), "pairs per batch (DPO)": (1, 512), "vocabulary": (512, 50257), "rows of data": (1000, 10**6), "processes": (1, 4)}
-    assert (tmp_path / "scaling.png").stat().st_size > 10_000 and "900 bytes per row" in capsys.readouterr().out
+    sizes = {row["case"]: row["sizes"] for row in lines_of(tmp_path / "bench.jsonl")}
+    ends = {case.removeprefix("scaling: "): (min(x), max(x)) for case, x in sizes.items()}
+    assert ends == {"tokens per row (KTO)": (64, 4096), "pairs per batch (DPO)": (1, 512),
+                    "vocabulary": (512, 50257), "rows of data": (1000, 10**6)}
+    assert (tmp_path / "scaling.png").stat().st_size > 10_000
 
 
-@pytest.mark.parametrize("kind", ["kto", "dpo"])
-def test_what_a_step_costs_is_more_than_its_floor_for_a_single_example_too(kind):
-    seconds, flops = bench.step_cost(16, 2 if kind == "kto" else 1, kind=kind)
-    assert 0 < seconds < 1 and flops > 6 * 2 * 12 * 128**2 / 2
-
-
-@pytest.mark.parametrize("name", ["ppo-64-64", "kto-64-64-100k", "kto-64", "64-64", "kto-0-8", "kto-64-64-lora"])
-def test_a_misspelt_case_ends_in_one_line_before_anything_is_measured(tmp_path, name):
-    with pytest.raises(SystemExit, match=f"^{name}: no such case; e.g. kto-64-64"):
-        bench.main(["kto-64-64", name, "--out", str(tmp_path / "x")])
-
-
-@pytest.mark.parametrize("spread, said", [(0.02, False), (0.3, True)])
-def test_a_busy_machine_is_seen_and_said(monkeypatch, tmp_path, capsys, spread, said):
-    monkeypatch.setattr(bench, "measure_step", lambda *how: {"spread": spread})
-    bench.bench(["kto-8-8"], "cpu", True, tmp_path / "bench.jsonl", size=TINY)
-    assert ("a busy machine: one and the same matmul took up to 30% more" in capsys.readouterr().out) == said
-
-
-def test_the_readmes_cases_are_cases():
-    names = [w for command in re.findall(r"`python bench.py ([^`]*)`", (bench.RESULTS.parent / "README.md").read_text()) for w in command.split("--")[0].split()]
-    assert len(names) >= 7 and all(bench.Case.named(n) for n in names if n != "scaling")
-    assert bench.Case.named("kto-512-512-8b-bf16-lora").lora == 16 and bench.Case.named("memory-kto-256-256-124m-bf16-compile").compile
+def test_what_a_step_costs_has_a_floor_for_a_single_pair_too():
+    seconds, flops = bench.step_cost(16, 1, loss="dpo")
+    trunk = 2 * 12 * 128**2
+    assert 0 < seconds < 1
+    assert 6 * trunk * 0.7 < flops < 6 * (trunk + 512 * 128)     # the shared prompt counts once
 
 
 def test_more_data_costs_the_same_per_row():
-    few, many = (bench.data_cost(n)[0] for n in (500, 4000))
-    assert many < 4 * few                                                                             # quadratic would be 8 times
+    assert bench.data_cost(4000)[0] < 4 * bench.data_cost(500)[0]                # quadratic: 8 x
+
+
+def test_a_misspelt_case_ends_in_one_line_before_anything_is_measured(tmp_path):
+    for name in ("ppo-64-64", "kto-64-64-100k", "kto-64", "64-64", "kto-0-8", "bf16-kto"):
+        with pytest.raises(SystemExit, match=f"^{name}: no such case; e.g. kto-64-64"):
+            bench.main(["kto-64-64", name, "--out", str(tmp_path / "x")])
+
+
+def test_the_readmes_cases_are_cases():
+    readme = (bench.RESULTS.parent / "README.md").read_text()
+    for command in re.findall(r"`python bench.py ([^`]*)`", readme):
+        for name in command.split("--")[0].split():
+            assert name == "scaling" or bench.case_named(name), name
+    case = bench.case_named("kto-512-256-8b-bf16-lora-compile")
+    assert (case.prompt, case.response, case.vocab) == (512, 256, 128256)
+    assert case.flags == ("--dtype=bf16", "--lora=16", "--compile")
+
+
+@pytest.fixture(autouse=True)
+def on_the_cpu(monkeypatch):
+    monkeypatch.setattr(parallel, "bar", parallel.bar)           # which `join` replaces
+    bench.join("cpu")

@@ -1,9 +1,6 @@
-"""What a fault costs: each ends in a clear line and loses nothing, or the run goes on rightly. And files from strangers run no code.
+"""What a fault costs: a clear line and nothing lost, or the run goes on and comes to the same end.
+And files from strangers run no code."""
 
-`python tests/test_faults.py` makes every fault and prints what happened and what was lost.
-"""
-import contextlib
-import io
 import json
 import multiprocessing
 import os
@@ -13,7 +10,6 @@ import re
 import resource
 import shutil
 import sys
-import tempfile
 import threading
 import time
 from pathlib import Path
@@ -24,526 +20,401 @@ import torch
 from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
-sys.path.insert(0, str(Path(__file__).parents[1]))                                        # as conftest.py does, for the script
-
-import data
 import evaluate
 import model
 import train
-from test_train import ROOT, flags, lab, make_lab, make_pairs, metrics, pair_flags, pairs, tiny_llama  # noqa: F401
+from lab import ROOT, flags, metrics
+from plumbing import checkpoint, huggingface, rundir
+from plumbing.tokenizer import Tokenizer, load_tokenizer
+from test_checkpoint import Bomb, marker  # noqa: F401
+from test_split import Dead, lab, run_all, without_reports, words_of  # noqa: F401
 
-STEPS = 6
+pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+STEPS = 6                                                    # checkpoints at 2, 4 and 6
 
 
-class Stop(Exception):
-    pass
-
-
-@contextlib.contextmanager
-def quietly():
-    """No pictures and no samples at the end of a run."""
-    with pytest.MonkeyPatch.context() as m:
-        m.setattr(evaluate, "report_files", lambda result, policy, reference, tokenizer, prompts, cfg, seconds: (Path(cfg.out) / "eval.json").write_text("{}"))
-        yield m
+def words_for(lab, out, *more):
+    return words_of(lab, out, "kto", "--steps", STEPS, "--save_every", 2, *more)
 
 
 def start(words, dies_at=None):
-    """Runs train.main; dead in step `dies_at`. -> (the line it ended with, or "" where it finished; what it printed to stderr)"""
-    real, said = train.train_step, io.StringIO()
-    with quietly() as m, contextlib.redirect_stderr(said):
-        if dies_at is not None:
-            m.setattr(train, "train_step", lambda p, r, o, b, *a, **k: real(p, r, o, b, *a, **k) if b.step < dies_at else (_ for _ in ()).throw(Stop()))
-        try:
-            train.main([str(w) for w in words])
-        except Stop:
-            return "dead", ""
-        except SystemExit as e:
-            return e.code, said.getvalue()
-    return "", said.getvalue()
+    """-> the line that the run ended with: "" where it is done, "dead" where it was made to die"""
+    return run_all([["run", words, dies_at]])["run"]
 
 
-class Lab:
-    """A run that nothing happened to, and how it was started."""
-
-    def __init__(self, files, folder):
-        self.files, self.folder = files, folder
-        self.whole = folder / "whole"
-        assert start(self.words(self.whole)) == ("", ANY)
-        self.bytes = (self.whole / "model/model.safetensors").read_bytes()
-
-    def words(self, out, *more):
-        return flags(self.files, out, "--save_every", 2, "--dtype", "fp32", *more, steps=STEPS)
-
-    def interrupted(self, name, at=5):
-        """A run that died in step `at`: checkpoints of steps 2 and 4."""
-        out = self.folder / name
-        assert start(self.words(out), at)[0] == "dead"
-        return out
-
-    def lost(self, out):
-        """What is missing, against the run that nothing happened to, after --resume."""
-        line, _ = start(self.words(out, "--resume"))
-        assert line == "", line
-        assert (out / "model/model.safetensors").read_bytes() == self.bytes and [m["step"] for m in metrics(out)] == list(range(STEPS))
-        assert not [p for p in out.rglob("*.tmp")], "half files are left"
-        return "nothing"
+def steps_of(out):
+    """The metrics but for the clock's."""
+    return [{key: value for key, value in line.items() if key != "tokens_per_second"}
+            for line in metrics(out)]
 
 
-class Any:
-    def __eq__(self, other):
-        return True
-
-
-ANY = Any()
+def same_end(one, other):
+    """The same bytes, the same metrics, and nothing half."""
+    for out in (one, other):
+        assert not list(out.rglob("*.tmp"))
+    assert steps_of(one) == steps_of(other)
+    file = "model/model.safetensors"
+    assert (one / file).read_bytes() == (other / file).read_bytes()
 
 
 @pytest.fixture(scope="module")
-def laboratory(pairs, tmp_path_factory):
-    return Lab(pairs, tmp_path_factory.mktemp("faults"))
+def whole(lab, tmp_path_factory):
+    """A run that nothing happened to."""
+    out = tmp_path_factory.mktemp("whole") / "run"
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(evaluate, "report_files", lambda *_: (out / "eval.json").write_text("{}"))
+        assert start(words_for(lab, out)) == ""
+    return out
 
 
-# --- the faults: each a function of the laboratory -> (what happens, what is lost) ---------------------------------------------
-
-@contextlib.contextmanager
-def no_file_larger_than(size):
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+@pytest.fixture
+def out(lab, tmp_path):
+    """A run that died in step 5, with checkpoints of steps 2 and 4."""
+    assert start(words_for(lab, tmp_path / "run"), dies_at=5) == "dead"
+    return tmp_path / "run"
 
 
-def disk_full_while_a_checkpoint_is_written(l):
-    out = l.interrupted("full")
-    with no_file_larger_than(100_000):
-        line, _ = start(l.words(out, "--resume"))
-    assert re.search(r"step-000006.*the checkpoint cannot be written .*untouched, make room and --resume", line), line
-    assert sorted(p.name for p in (out / "checkpoint").iterdir()) == ["step-000002.safetensors", "step-000004.safetensors"]
-    return line, l.lost(out)
+def goes_on(lab, out, whole):
+    assert start(words_for(lab, out, "--resume")) == ""
+    same_end(whole, out)
 
 
-def disk_full_while_the_model_is_written(l):
-    out = l.folder / "full-model"
-    real = train.save_checkpoint
+# --- disks --------------------------------------------------------------------------------------
 
-    def then_full(*a, **k):
-        real(*a, **k)
-        if a[3] == STEPS:
-            soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-            resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))
+@pytest.mark.parametrize("what", ["save", "export"])
+def test_a_disk_that_fills_ends_the_run_in_one_line_and_loses_nothing(
+        lab, out, whole, monkeypatch, what):
+    """While checkpoint 6 is written; while model/ is, of which no half is left under its name."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    real = getattr(checkpoint, what)
 
-    with pytest.MonkeyPatch.context() as m, no_file_larger_than(resource.RLIM_INFINITY):
-        m.setattr(train, "save_checkpoint", then_full)
-        line, _ = start(l.words(out))
-    assert "cannot be written" in line and not (out / "model").exists(), line
-    return line, l.lost(out)
+    def with_a_full_disk(*given, **how):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
+        try:
+            return real(*given, **how)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
-
-def newest_checkpoint_truncated(l):
-    out = l.interrupted("truncated")
-    path = out / "checkpoint/step-000004.safetensors"
-    path.write_bytes(path.read_bytes()[:5000])
-    line, said = start(l.words(out, "--resume"))
-    assert line == "" and "step-000004.safetensors is damaged" in said
-    return said.strip().splitlines()[0], l.lost(out)
+    with monkeypatch.context() as patched:
+        patched.setattr(checkpoint, what, with_a_full_disk)
+        line = start(words_for(lab, out, "--resume"))
+    assert "cannot be written" in line and "\n" not in line and not (out / "model").exists()
+    assert checkpoint.steps_done(out / "checkpoint") == (4 if what == "save" else 6)
+    goes_on(lab, out, whole)
 
 
-def all_checkpoints_damaged(l):
-    out = l.interrupted("damaged")
-    for path, content in zip((out / "checkpoint").iterdir(), (b"", b"\xff" * 10_000)):
-        path.write_bytes(content)
-    line, _ = start(l.words(out, "--resume"))
-    assert re.search("none of the checkpoints in .* can be read; --overwrite starts again", line), line
-    assert start(l.words(out, "--overwrite"))[0] == ""
-    return line, "all steps: it must start again" if l.lost(out) == "nothing" else ""
-
-
-def checkpoint_of_another_model(l):
-    out = l.interrupted("another")
-    for path in (out / "checkpoint").iterdir():
-        save_file({"policy.wte.weight": torch.zeros(3, 3), "rng": torch.get_rng_state()}, path, metadata={"state": '{"step": 2, "running": {}}'})
-    line, _ = start(l.words(out, "--resume"))
-    assert re.search(r"has no tensor of shape \[257, 32\] for wte.weight: it belongs to another model", line), line
-    return line, "nothing of the other run"
-
-
-def checkpoint_with_a_senseless_state(l):
-    out, said = l.interrupted("senseless"), ""
-    for state in ('{"step": "4", "running": {}}', '{"step": -4, "running": {}}', '{"step": 4, "running": {"reward_sum": "x"}}', '[]', 'nonsense'):
-        path = out / "checkpoint/step-000004.safetensors"
-        save_file(load_file(path), path, metadata={"state": state})
-        copy = l.folder / "senseless-copy"
-        shutil.rmtree(copy, ignore_errors=True)
-        shutil.copytree(out, copy)
-        line, said = start(l.words(copy, "--resume"))
-        assert line == "" and "is damaged" in said, (state, line)
-    return said.strip().splitlines()[0], l.lost(out)
-
-
-def corrupt_header(flag):
-    def fault(l):
-        folder = l.folder / f"broken-{flag}"
-        shutil.copytree(l.files / "ref", folder)
-        path = folder / "model.safetensors"
-        path.write_bytes(b"\xff" * 64 + path.read_bytes()[64:])
-        words = l.words(l.folder / f"with-broken-{flag}")
-        if flag == "model":
-            data.load_tokenizer().save(folder)
-            del words[words.index("--init"):words.index("--init") + 4]
-            words += ["--model", folder]
-        else:
-            words[words.index("--" + flag) + 1] = folder
-        line, _ = start(words)
-        assert line.startswith(f"--{flag} {folder}: cannot be loaded from model.safetensors: ") and not (l.folder / f"with-broken-{flag}" / "checkpoint").exists(), line
-        return line, "nothing: no step was made"
-    return fault
-
-
-def config_written_by_half(l):
-    out = l.interrupted("config")
-    whole = (out / "config.json").read_text()
-    (out / "config.json").write_text(whole[:100])
-    line, _ = start(l.words(out, "--resume"))
-    assert re.search(r"config.json is broken .*--overwrite starts again", line), line
-    (out / "config.json").write_text(whole)
-    (out / "config.json.tmp").write_text(whole[:100])                                 # which is what a killed run would leave
-    return line, l.lost(out)
-
-
-def half_a_line_in_the_metrics(l):
-    out = l.interrupted("metrics", at=5)
-    with open(out / "metrics.jsonl", "ab") as f:
-        f.write(b'{"step": 5, "loss": 0.4\xff\x00\x00}')
-    lines = (out / "metrics.jsonl").read_text(errors="replace").splitlines()
-    (out / "metrics.jsonl").write_text("\n".join([*lines[:3], '{"step":', "[]", "3", *lines[3:]]), errors="replace")
-    return "goes on: half lines are left out, later steps are done again", l.lost(out)
-
-
-def metrics_gone(l):
-    out = l.interrupted("no-metrics")
-    (out / "metrics.jsonl").unlink()
-    assert start(l.words(out, "--resume"))[0] == "" and (out / "model/model.safetensors").read_bytes() == l.bytes
-    return "goes on", f"the metrics of steps 0 to {metrics(out)[0]['step'] - 1}"
-
-
-def clock_going_back(l):
-    out, now = l.folder / "clock", [2e9]
-
-    def back():
-        now[0] -= 1.0
-        return now[0]
-
-    real = l.bytes
-    with pytest.MonkeyPatch.context() as m:
-        for name in ("time", "perf_counter", "monotonic", "process_time"):
-            m.setattr(time, name, back)
-        assert start(l.words(out), 5)[0] == "dead"
-        for i, path in enumerate(sorted((out / "checkpoint").iterdir())):
-            os.utime(path, (1e9 - i, 1e9 - i))                                          # the newest looks oldest
-        assert start(l.words(out, "--resume"))[0] == ""
-    assert (out / "model/model.safetensors").read_bytes() == real and all(m["tokens_per_second"] > 0 for m in metrics(out))
-    return "goes on: no decision hangs on a clock", l.lost(out)
-
-
-def process(words, log, inside=None):
-    """train.main in a process of its own, forked: nothing is imported again. Where a folder `inside` is given, the run rests for
-    20 ms in each step, each evaluation and each file it writes, which is there by half then, and names there what it is in."""
-    rename = os.replace
-
-    @contextlib.contextmanager
-    def rest(what):
-        (inside / what).touch()
-        time.sleep(0.02)
-        yield
-        (inside / what).unlink()
-
-    def rests(what, real):
-        def slow(*a, **k):
-            with rest(what):
-                return real(*a, **k)
-        return slow
-
-    def replace(source, target):
-        file = Path(source)
-        whole = file.read_bytes() if file.is_file() else b""
-        if whole:
-            file.write_bytes(whole[:len(whole) // 2])
-        with rest("a file"):
-            if whole:
-                file.write_bytes(whole)
-            rename(source, target)
-
-    def child():
-        if inside:
-            train.train_step, evaluate.margins, os.replace = rests("a step", train.train_step), rests("an evaluation", evaluate.margins), replace
-        tqdm.set_lock(threading.RLock())                                                  # its own is shared with us, and a killed child keeps it
-        sys.stdout = sys.stderr = open(log, "w", buffering=1)
-        sys.exit(start(words)[0] or 0)
-    p = multiprocessing.get_context("fork").Process(target=child)
-    p.start()
-    return p
-
-
-def two_runs_into_one_folder(l):
-    out = l.folder / "both"
-    runs = [process(l.words(out), l.folder / f"both-{i}.txt") for i in (0, 1)]
-    for p in runs:
-        p.join(100)
-    said = next((l.folder / f"both-{i}.txt").read_text().strip().splitlines()[-1] for i in (0, 1) if runs[i].exitcode)
-    assert sorted(p.exitcode for p in runs) == [0, 1] and re.search("another run is writing there|a run is there already", said), said
-    assert (out / "model/model.safetensors").read_bytes() == l.bytes
-    return said, l.lost(out)
-
-
-def a_run_that_came_and_went_while_another_was_starting(l):
-    out, real = l.folder / "late", train.check_disk
-    with pytest.MonkeyPatch.context() as m:
-        m.setattr(train, "check_disk", lambda *a: (m.setattr(train, "check_disk", real), start(l.words(out)), real(*a)))
-        line, _ = start(l.words(out))
-    assert "a run is there already" in line and (out / "model/model.safetensors").read_bytes() == l.bytes, line
-    return line, l.lost(out)
-
-
-def out_that_cannot_be_written(l):
-    closed = l.folder / "closed"
+def test_a_folder_that_cannot_be_written_is_found_before_training(lab, tmp_path, monkeypatch):
+    closed = tmp_path / "closed"
     closed.mkdir(mode=0o500)
-    out = closed / "run" if os.geteuid() else Path("/proc/nanokto")                       # root may write into any folder of a disk
-    with pytest.MonkeyPatch.context() as m:
-        m.setattr(train.shutil, "disk_usage", lambda p: SimpleNamespace(free=2**40))        # /proc has none
-        line, _ = start(l.words(out))
-    assert re.fullmatch(r"--out .*cannot be written to.*", line), line
-    return line, "nothing: found before training"
+    out = closed / "run"
+    if os.geteuid() == 0:                                    # root may write into any real folder
+        out = Path("/proc/nanokto")
+        monkeypatch.setattr(rundir.shutil, "disk_usage", lambda path: SimpleNamespace(free=2**40))
+    assert re.fullmatch(f"--out {out}.*cannot be written.*", start(words_for(lab, out)))
 
 
-def base_model_interrupted(l):
-    words = ["--data", l.files / "rows.jsonl", "--max_len", 64, "--batch_size", 8, "--steps", 1, "--sft_steps", 2, "--out", l.folder / "bases" / "run"]
-    real = data.Tokenizer.save
-    with pytest.MonkeyPatch.context() as m:
-        m.setattr(data.Tokenizer, "save", lambda *a: (_ for _ in ()).throw(Stop()))
-        assert start(words)[0] == "dead"
-    half, = (l.folder / "bases").glob("base-*.tmp")
+# --- files of a run -----------------------------------------------------------------------------
+
+def test_half_a_config_is_named_and_a_half_one_beside_it_is_not_read(lab, out, whole):
+    config = (out / "config.json").read_text()
+    (out / "config.json").write_text(config[:100])
+    line = start(words_for(lab, out, "--resume"))
+    assert "config.json is broken" in line and "--overwrite" in line and "\n" not in line
+    (out / "config.json").write_text(config)
+    (out / "config.json.tmp").write_text(config[:100])       # what a killed run would leave
+    goes_on(lab, out, whole)
+
+
+def test_half_lines_in_the_metrics_are_left_out_and_later_steps_come_again(lab, out, whole):
+    path = out / "metrics.jsonl"
+    lines = path.read_text().splitlines()
+    broken = [*lines[:3], '{"step":', "[]", "3", "", *lines[3:], '{"step": 5, "loss": 0.4']
+    path.write_bytes("\n".join(broken).encode() + b"\xff\x00")
+    goes_on(lab, out, whole)
+
+
+@pytest.mark.parametrize("flag", ["model", "init", "ref"])
+def test_weights_with_a_broken_header_are_named_by_their_flag(lab, tmp_path, flag):
+    folder = tmp_path / "broken"
+    shutil.copytree(lab / "ref", folder)
+    load_tokenizer().save(folder)
+    path = folder / "model.safetensors"
+    path.write_bytes(b"\xff" * 64 + path.read_bytes()[64:])
+    words = words_for(lab, tmp_path / "run", f"--{flag}", folder)
+    if flag == "model":
+        words = with_model(lab, folder, tmp_path / "run")
+    line = start(words)
+    assert re.match(f"--({flag}|model) ", line) and str(folder) in line and "\n" not in line
+    assert not (tmp_path / "run/checkpoint").exists()
+
+
+def test_a_last_step_that_breaks_the_model_leaves_no_model(lab, tmp_path):
+    out = tmp_path / "run"
+    line = start(flags(lab, out, "--dtype", "fp32", "--warmup", 0, "--lr", "1e38", steps=1))
+    assert "not finite" in line and "\n" not in line and not (out / "model").exists()
+
+
+# --- interruptions ------------------------------------------------------------------------------
+
+def test_half_a_base_model_is_never_taken_for_one(lab, tmp_path, monkeypatch):
+    words = ["--data", lab / "rows.jsonl", "--max_len", 64, "--batch_size", 8, "--steps", 1,
+             "--sft_steps", 2, "--out", tmp_path / "run"]
+
+    def die(*_):
+        raise Dead
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Tokenizer, "save", die)
+        assert start(words) == "dead"
+    half, = tmp_path.glob("base-*.tmp")
     (half / "model.safetensors").write_bytes(b"half")
-    assert data.Tokenizer.save is real and start(words)[0] == ""
-    base, = (l.folder / "bases").glob("base-*[!kp]")
-    assert not half.exists() and model.load_policy(base) and (base / "tiktoken.json").is_file()
-    return "goes on: made again, half a base model is never taken for one", "its pretraining"
+    assert start(words) == "" and not half.exists()
+    base, = [path for path in tmp_path.glob("base-*") if path.is_dir()]
+    assert huggingface.load_policy(base).vocab_size == 257
 
 
-def stage_written_by_half(l):
-    words = [*pair_flags(l.files, l.folder / "stages", "sdpo_stepwise", "--stages", 2, "--save_every", 1, steps=2)]
-    assert start([*words[:words.index("--out")], "--out", l.folder / "stages-whole", *words[words.index("--out") + 2:]])[0] == ""
+@pytest.mark.parametrize("loss", ["sdpo_stepwise", "spin"])
+def test_half_a_stage_is_written_again_from_the_checkpoint(lab, tmp_path, monkeypatch, loss):
+    def words(out, *more):
+        return words_of(lab, out, loss, "--steps", 2, "--stages", 2, *more)
+
     real = model.GPT.save
 
     def save(self, folder, **how):
         real(self, folder, **how)
         if "stage-1" in str(folder):
             (folder / "model.safetensors").write_bytes(b"half")
-            raise Stop
+            raise Dead
 
-    with pytest.MonkeyPatch.context() as m:
-        m.setattr(model.GPT, "save", save)
-        assert start(words)[0] == "dead"
-    assert not (l.folder / "stages/stage-1").exists() and (l.folder / "stages/stage-1.tmp").is_dir()
-    assert start([*words, "--resume"])[0] == "" and not list((l.folder / "stages").glob("*.tmp"))
-    whole, parts = (l.folder / name / "model/model.safetensors" for name in ("stages-whole", "stages"))
-    assert whole.read_bytes() == parts.read_bytes()
-    return "goes on: written again from the checkpoint", "nothing"
-
-
-def worker_killed(l):
-    import test_split
-    (l.folder / "killed").mkdir()
-    words = [str(w) for w in l.words(l.folder / "killed/run")]
-    code, said, seconds = test_split.with_fault(l.folder / "killed", "kill", words)
-    assert code != 0
-    line = next((x for x in said.splitlines() if "another process of this run does not answer" in x), "torchrun ends the other process")
-    assert start([*words, "--resume"])[0] == "" and [m["step"] for m in metrics(l.folder / "killed/run")] == list(range(STEPS))
-    a, b = (load_file(x / "model/model.safetensors") for x in (l.whole, l.folder / "killed/run"))
-    assert max(float((a[k] - b[k]).abs().max()) for k in a) < 1e-4                             # float32, and the first steps were made by two
-    return f"after {seconds:.0f} s: {line}", "nothing"
+    assert start(words(tmp_path / "whole")) == ""
+    out = tmp_path / "run"
+    with monkeypatch.context() as patched:
+        patched.setattr(model.GPT, "save", save)
+        assert start(words(out)) == "dead"
+    assert (out / "stage-1.tmp").is_dir() and not (out / "stage-1").exists()
+    assert start(words(out, "--resume")) == ""
+    same_end(tmp_path / "whole", out)
 
 
-FAULTS = {"disk full, checkpoint": disk_full_while_a_checkpoint_is_written, "disk full, model": disk_full_while_the_model_is_written,
-          "newest checkpoint truncated": newest_checkpoint_truncated, "all checkpoints damaged": all_checkpoints_damaged,
-          "checkpoint of another model": checkpoint_of_another_model, "checkpoint with a senseless state": checkpoint_with_a_senseless_state,
-          **{f"corrupt safetensors header in --{flag}": corrupt_header(flag) for flag in ("model", "init", "ref")},
-          "config.json written by half": config_written_by_half, "half a line in metrics.jsonl": half_a_line_in_the_metrics, "metrics.jsonl gone": metrics_gone,
-          "clock going back": clock_going_back, "two runs into one folder at once": two_runs_into_one_folder,
-          "another run while this one was starting": a_run_that_came_and_went_while_another_was_starting, "out folder read-only": out_that_cannot_be_written,
-          "base model interrupted": base_model_interrupted, "stage written by half": stage_written_by_half}
+# --- kill -9 ------------------------------------------------------------------------------------
+
+PLACES = ("a step", "a checkpoint", "a file", "the end")
 
 
-@pytest.mark.parametrize("fault", FAULTS)
-def test_a_fault_loses_nothing_or_says_what(laboratory, fault):
-    what, lost = FAULTS[fault](laboratory)
-    assert len(what.splitlines()) == 1 and lost
+def rests(inside, place, real):
+    """`real`, which rests for 20 ms before it works; a file in `inside` says so."""
+    def slowly(*given, **how):
+        mark = inside / place
+        mark.touch()
+        time.sleep(0.02)
+        result = real(*given, **how)
+        mark.unlink(missing_ok=True)
+        return result
+    return slowly
 
 
-def kill_at_random(l, moments, seed):
-    """kill -9 at so many random moments, by turns: anywhere, in a step, in the writing of a file, in an evaluation. -> how many of each it hit"""
-    rng, hit, began = random.Random(seed), {}, time.time()
-    words = lambda out, *more: l.words(out, "--eval_every", 2, "--save_every", 2, *more)                           # noqa: E731
-    assert start(words(l.folder / f"kill-whole-{seed}"))[0] == ""
-    seconds, wanted = time.time() - began, (l.folder / f"kill-whole-{seed}" / "model/model.safetensors").read_bytes()
-    for k in range(moments):
-        out, aim, lines, wait = l.folder / f"kill-{seed}-{k}", (None, "a step", "a file", "an evaluation")[k % 4], rng.randrange(STEPS), rng.random()
-        inside, patience = l.folder / f"inside-{seed}-{k}", time.time() + 60
-        inside.mkdir()
-        p, end = process(words(out), l.folder / "kill.txt", inside), time.time() + wait * seconds
-        while p.is_alive() and time.time() < patience:
-            if (inside / aim).exists() and len(metrics_of(out)) >= lines if aim else time.time() > end:
-                break
-        time.sleep(wait * 0.01)
-        p.kill()
-        p.join()
-        moment = next((path.name for path in inside.iterdir()), "after the end" if p.exitcode == 0 else "elsewhere")
-        hit[moment] = hit.get(moment, 0) + 1
-        line, _ = start(words(out, "--resume" if (out / "config.json").is_file() else "--overwrite"))
-        assert line == "", (k, moment, line)
-        assert (out / "model/model.safetensors").read_bytes() == wanted and [m["step"] for m in metrics(out)] == list(range(STEPS)), (k, moment)
-        assert not list(out.rglob("*.tmp")), "half files are left"
-    return hit
+def in_a_process(words, log, inside=None):
+    """A run in a process of its own, forked: nothing is imported again."""
+    def child():
+        if inside is not None:
+            train.train_step = rests(inside, "a step", train.train_step)
+            checkpoint.dcp.save = rests(inside, "a checkpoint", checkpoint.dcp.save)
+            os.replace = rests(inside, "a file", os.replace)
+            evaluate.model_card = rests(inside, "the end", evaluate.model_card)
+        tqdm.set_lock(threading.RLock())                     # its own is shared with us, and a
+        sys.stdout = sys.stderr = open(log, "w", buffering=1)     # killed child would keep it
+        sys.exit(start(words) or 0)
+
+    process = multiprocessing.get_context("fork").Process(target=child)
+    process.start()
+    return process
 
 
-def metrics_of(out):
-    file = out / "metrics.jsonl"
-    return [line for line in file.read_text().splitlines() if train.step_of(line) is not None] if file.exists() else []
+def finished_steps(out):
+    path = out / "metrics.jsonl"
+    if not path.exists():
+        return 0
+    return sum(rundir.step_of(line) < STEPS for line in path.read_text().splitlines())
 
 
-def test_kill_9_at_four_random_moments_and_resume_gives_the_same_bytes(laboratory):
-    kill_at_random(laboratory, 4, seed=0)
+def kill_at_random(lab, folder, loss, place, rng):
+    """One run, killed in `place` (None: anywhere); another goes on.   -> where it was hit"""
+    def words(out, *more):
+        return words_of(lab, out, loss, *KILLED[loss], "--save_every", 2, *more)
+
+    whole, out = folder / f"whole-{loss}", folder / f"run-{rng.random()}"
+    if not whole.exists():
+        assert start(words(whole)) == ""
+    inside = Path(f"{out}-inside")
+    inside.mkdir()
+    began = time.time()
+    lines, seconds = rng.randrange(4), 3 * rng.random()
+    process = in_a_process(words(out), folder / "killed.txt", inside)
+    while process.is_alive() and time.time() < began + 60:
+        if place and (inside / place).exists() and finished_steps(out) >= lines:
+            break
+        if not place and time.time() > began + seconds:
+            break
+        time.sleep(0.001)
+    time.sleep(0.02 * rng.random())
+    process.kill()
+    process.join()
+    hit = [path.name for path in inside.iterdir()] or ["elsewhere"]
+    resume = ["--resume"] if (out / "config.json").is_file() else []
+    if not (out / "model/README.md").is_file() or resume:
+        line = start(words(out, *resume))
+        assert line == "", (loss, hit, line)
+    same_end(whole, out)
+    return hit[0]
+
+
+KILLED = {"kto": ["--steps", 6], "bco": ["--steps", 6], "tr_dpo": ["--steps", 6, "--ref_every", 2],
+          "spin": ["--steps", 2, "--stages", 3], "sdpo_stepwise": ["--steps", 3, "--stages", 2],
+          "ppo": ["--steps", 4, "--ppo_epochs", 2, "--minibatches", 2]}
+
+
+def test_kill_9_at_four_random_moments_and_the_end_is_the_same(lab, tmp_path):
+    rng = random.Random(0)
+    for loss, place in zip(("kto", "spin", "ppo", "sdpo_stepwise"), PLACES):
+        kill_at_random(lab, tmp_path, loss, place, rng)
 
 
 @pytest.mark.slow
-def test_kill_9_at_twenty_random_moments_and_resume_gives_the_same_bytes(laboratory):
-    hit = kill_at_random(laboratory, 20, seed=1)
-    assert {"a step", "a file", "an evaluation"} <= hit.keys(), hit
+def test_kill_9_at_twenty_random_moments_and_the_end_is_the_same(lab, tmp_path):
+    rng = random.Random(1)
+    hit = set()
+    for number in range(24):
+        loss = list(KILLED)[number % 6]
+        place = (*PLACES, None)[number % 5]
+        hit.add(kill_at_random(lab, tmp_path, loss, place, rng))
+    assert hit >= set(PLACES)
 
 
-def test_a_last_step_that_breaks_the_model_leaves_no_model_behind(pairs, tmp_path):
-    line, _ = start(flags(pairs, tmp_path / "run", "--dtype", "fp32", "--warmup", 0, "--lr", "1e38", steps=1))
-    assert re.search("step 0: after the last step the policy's log-probs are not finite; a lower --lr", line) and not (tmp_path / "run/model").exists()
+# --- two runs -----------------------------------------------------------------------------------
+
+def test_of_two_runs_into_one_folder_one_is_refused(lab, tmp_path, whole):
+    out = tmp_path / "run"
+    logs = [tmp_path / "0.txt", tmp_path / "1.txt"]
+    both = [in_a_process(words_for(lab, out), log) for log in logs]
+    for process in both:
+        process.join(100)
+    assert sorted(process.exitcode for process in both) == [0, 1]
+    refused, = [log for log, process in zip(logs, both) if process.exitcode]
+    line = refused.read_text().strip().splitlines()[-1]
+    assert re.match("--out .*(another run is writing there|a run is there already)", line)
+    same_end(whole, out)
 
 
-# --- files from strangers -----------------------------------------------------------------------------------------------------
+def test_a_run_that_came_and_went_while_another_started_is_kept(lab, tmp_path, whole, monkeypatch):
+    real = rundir.check_disk
+    out = tmp_path / "run"
 
-class Bomb:
-    """Unpickled, it writes a file named after it."""
+    def check_disk(*given):
+        monkeypatch.setattr(rundir, "check_disk", real)
+        assert start(words_for(lab, out)) == ""
+        return real(*given)
 
-    def __init__(self, marker):
-        self.marker = str(marker)
-
-    def __reduce__(self):
-        return open, (self.marker, "w")
+    monkeypatch.setattr(rundir, "check_disk", check_disk)
+    assert "a run is there already" in start(words_for(lab, out))
+    same_end(whole, out)
 
 
-@pytest.fixture
-def marker(tmp_path):
-    """A file that hostile code would write; the bomb is known to work."""
-    path = tmp_path / "executed"
-    pickle.loads(pickle.dumps(Bomb(path))).close()
-    assert path.exists()
-    path.unlink()
-    yield path
-    assert not path.exists(), "code from a file was executed"
-
+# --- files from strangers -----------------------------------------------------------------------
 
 @pytest.fixture(scope="module")
-def llama(pairs, tmp_path_factory):
-    return tiny_llama(tmp_path_factory.mktemp("stranger") / "model", open(pairs / "rows.jsonl").read().split("\n"))
+def stranger(tmp_path_factory):
+    from test_fsdp import make_llamas
+    folder = tmp_path_factory.mktemp("stranger")
+    make_llamas(folder)
+    return folder / "llama"
 
 
-def with_model(pairs, folder, out, *more):
-    return ["--model", folder, "--data", pairs / "rows.jsonl", "--steps", 1, "--max_len", 48, "--batch_size", 4, "--out", out, *more]
+def with_model(lab, folder, out, *more):
+    return ["--model", folder, "--data", lab / "rows.jsonl", "--steps", 1, "--max_len", 48,
+            "--batch_size", 4, "--out", out, *more]
 
 
-@pytest.mark.parametrize("name", ["model.safetensors", "pytorch_model.bin", "adapter_model.bin", "checkpoint"])
-def test_a_pickle_is_never_unpickled_whatever_its_name(pairs, llama, laboratory, tmp_path, marker, name):
-    if name == "checkpoint":
-        out = laboratory.interrupted("bomb")
-        for path in (out / "checkpoint").iterdir():
-            torch.save(Bomb(marker), path)
-        assert "none of the checkpoints" in start(laboratory.words(out, "--resume"))[0]
-        return
+@pytest.mark.parametrize("name", ["model.safetensors", "pytorch_model.bin", "adapter_model.bin"])
+def test_a_pickle_is_never_unpickled_whatever_its_name(lab, stranger, tmp_path, marker, name):
     folder = tmp_path / "model"
-    shutil.copytree(llama, folder)
+    shutil.copytree(stranger, folder)
     if name == "adapter_model.bin":
-        (folder / "adapter_config.json").write_text(json.dumps(dict(base_model_name_or_path=str(llama), peft_type="LORA", r=4, target_modules=["q_proj"])))
+        adapter = dict(base_model_name_or_path=str(stranger), peft_type="LORA", r=4,
+                       target_modules=["q_proj"])
+        (folder / "adapter_config.json").write_text(json.dumps(adapter))
     (folder / "model.safetensors").unlink()
     torch.save(Bomb(marker), folder / name)
-    line, _ = start(with_model(pairs, folder, tmp_path / "run"))
-    assert re.match(r"--model .*(cannot be loaded|no \*.safetensors there|without adapter_model.safetensors)", line), line
+    line = start(with_model(lab, folder, tmp_path / "run"))
+    assert line.startswith("--model ") and "\n" not in line
 
 
-def test_code_beside_a_model_or_a_tokenizer_is_not_run_unless_asked_for(pairs, llama, tmp_path, marker):
-    code = f"open({str(marker)!r}, 'w')\n"
-    for file, change in (("config.json", dict(auto_map={"AutoConfig": "evil.C", "AutoModelForCausalLM": "evil.M"}, model_type="evil")),
-                         ("tokenizer_config.json", dict(auto_map={"AutoTokenizer": ["evil.T", None]}, tokenizer_class="T"))):
-        folder = tmp_path / file
-        shutil.copytree(llama, folder)
-        (folder / "evil.py").write_text(code + "class C: pass\nclass M: pass\nclass T: pass\n")
-        (folder / file).write_text(json.dumps({**json.loads((folder / file).read_text()), **change}))
-        line, _ = start(with_model(pairs, folder, tmp_path / "run"))
-        assert file == "tokenizer_config.json" and line == "" or re.match(r"--(model|tokenizer) ", line), line
-        shutil.rmtree(tmp_path / "run", ignore_errors=True)
-
-
-@pytest.mark.parametrize("template", ["{{ cycler.__init__.__globals__.os.system('touch MARKER') }}", "{{ ''.__class__.__mro__[1].__subclasses__() }}",
-                                      "{% set x = messages.append(1) %}", "{{ lipsum.__globals__['os'].popen('touch MARKER').read() }}"])
-def test_a_chat_template_is_rendered_in_a_sandbox(pairs, llama, tmp_path, marker, template):
+@pytest.mark.parametrize("file", ["config.json", "tokenizer_config.json"])
+def test_code_beside_a_model_is_not_run_unless_asked_for(lab, stranger, tmp_path, marker, file):
     folder = tmp_path / "model"
-    shutil.copytree(llama, folder)
+    shutil.copytree(stranger, folder)
+    code = f"open({str(marker)!r}, 'w')\nclass C: pass\nclass M: pass\nclass T: pass\n"
+    (folder / "evil.py").write_text(code)
+    change = {"auto_map": {"AutoTokenizer": ["evil.T", None]}, "tokenizer_class": "T"}
+    if file == "config.json":
+        change = {"auto_map": {"AutoConfig": "evil.C", "AutoModelForCausalLM": "evil.M"},
+                  "model_type": "evil"}
+    found = json.loads((folder / file).read_text())
+    (folder / file).write_text(json.dumps({**found, **change}))
+    line = start(with_model(lab, folder, tmp_path / "run"))
+    assert line == "" or re.match("--(model|tokenizer) ", line) and "\n" not in line
+    assert line or file == "tokenizer_config.json"
+
+
+TEMPLATES = ["{{ cycler.__init__.__globals__.os.system('touch MARKER') }}",
+             "{{ ''.__class__.__mro__[1].__subclasses__() }}",
+             "{% set x = messages.append(1) %}",
+             "{{ lipsum.__globals__['os'].popen('touch MARKER').read() }}"]
+
+
+@pytest.mark.parametrize("template", TEMPLATES)
+def test_a_chat_template_is_rendered_in_a_sandbox(lab, stranger, tmp_path, marker, template):
+    folder = tmp_path / "model"
+    shutil.copytree(stranger, folder)
     (folder / "chat_template.jinja").write_text(template.replace("MARKER", str(marker)))
-    talk = [{"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"}], "label": True}] * 2
-    (tmp_path / "talk.json").write_text(json.dumps(talk))
-    words = with_model(pairs, folder, tmp_path / "run")
-    words[words.index("--data") + 1] = tmp_path / "talk.json"
-    line, _ = start(words)
-    assert re.search(r"talk.json: record 1: the chat template refuses this conversation", line), line
+    talk = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"}]
+    file = tmp_path / "talk.json"
+    file.write_text(json.dumps([{"messages": talk, "label": True}] * 2))
+    line = start(with_model(lab, folder, tmp_path / "run", "--data", file))
+    assert "talk.json" in line and "template" in line and "\n" not in line
 
 
-def test_nothing_is_written_outside_of_out(pairs, tmp_path, monkeypatch):
-    """Whatever rows, tensor names and metadata say. What a run may write: its folder, and base models beside it."""
+def test_nothing_is_written_outside_of_out(lab, tmp_path, monkeypatch):
+    """Whatever rows, tensor names and metadata say. Beside it: base models and a lock."""
     work = tmp_path / "work"
     work.mkdir()
     monkeypatch.chdir(work)
     evil = "../../evil"
-    rows = [{"prompt": evil, "completion": f"/tmp/{evil}", "label": True, "id": evil}, {"prompt": "{{ x }}", "completion": evil, "label": False}]
-    (work / "rows.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
-    ref = work / "ref"
-    shutil.copytree(pairs / "ref", ref)
-    save_file(load_file(ref / "model.safetensors") | {evil: torch.zeros(1)}, ref / "model.safetensors", metadata={"format": "pt", evil: evil, "file": evil})
-    before = {p for p in tmp_path.rglob("*")}
-    words = ["--data", "rows.jsonl", "--init", "ref", "--ref", "ref", "--steps", 2, "--max_len", 48, "--out", "runs/one", "--save_every", 1]
-    assert start(words, dies_at=1)[0] == "dead"
-    path, = Path("runs/one/checkpoint").iterdir()
-    save_file(load_file(path) | {"policy." + evil: torch.zeros(1), evil: torch.zeros(1)}, path, metadata={"state": json.dumps({"step": 1, "running": {}, "out": evil, "path": evil})})
-    assert start([*words, "--resume"])[0] == ""
-    assert all(p == work / "runs" or work / "runs/one" in (p, *p.parents) for p in {p for p in tmp_path.rglob("*")} - before)
-    assert "no such loss" in start(["--loss", evil, *words])[0]
+    rows = [{"prompt": evil, "completion": f"/tmp/{evil}", "label": True, "id": evil},
+            {"prompt": "{{ x }}", "completion": evil, "label": False}]
+    (work / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    reference = work / "ref" / "model.safetensors"
+    shutil.copytree(lab / "ref", work / "ref")
+    save_file({**load_file(reference), evil: torch.zeros(1)}, reference,
+              metadata={"format": "pt", evil: evil, "file": evil})
+    before = set(tmp_path.rglob("*"))
+    words = ["--data", "rows.jsonl", "--init", "ref", "--ref", "ref", "--steps", 2,
+             "--max_len", 48, "--out", "runs/one", "--save_every", 1]
+    assert start(words, dies_at=1) == "dead"
+    path = next(Path("runs/one/checkpoint/step-000001").glob("*.safetensors"))
+    tensors = load_file(path)
+    save_file({**tensors, "policy." + evil: torch.zeros(1), evil: torch.zeros(1)}, path,
+              metadata={"format": "pt", "path": evil})
+    assert start([*words, "--resume"]) == ""
+    for path in set(tmp_path.rglob("*")) - before:
+        assert path == work / "runs" or work / "runs/one" in (path, *path.parents), path
+    assert "no such loss" in start(["--loss", evil, *words])
 
 
 def test_no_source_file_unpickles_or_evaluates_text():
-    for path in ROOT.glob("*.py"):
+    words = (r"\b(pickle|marshal|shelve|dill|joblib)\b|(?<![\w.])(eval|exec)\(|os\.system|"
+             r"shell=True|yaml\.load\(|np\.load\(|allow_pickle")
+    for path in [*ROOT.glob("*.py"), *ROOT.glob("plumbing/*.py")]:
         text = path.read_text()
-        assert not re.search(r"\b(pickle|marshal|shelve|dill|joblib)\b|(?<![\w.])(eval|exec)\(|os\.system|shell=True|yaml\.load\(|np\.load\(|allow_pickle", text), path
-        assert all("weights_only=True" in call for call in re.findall(r"torch\.load\(.*", text)), path
-
-
-if __name__ == "__main__":
-    torch.set_num_threads(1)
-    with tempfile.TemporaryDirectory() as folder:
-        folder = Path(folder)
-        (folder / "lab").mkdir()
-        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-            l = Lab(make_pairs(make_lab(folder / "lab")), folder)                                              # noqa: E741
-        print("| fault | what happens | lost |\n|---|---|---|")
-        for name, fault in {**FAULTS, "worker killed (2 processes)": worker_killed}.items():
-            with contextlib.redirect_stdout(io.StringIO()):
-                what, lost = fault(l)
-            print(f"| {name} | {what.replace(str(folder), '...').replace('|', '/')[:180]} | {lost} |", flush=True)
-        if sys.argv[1:]:
-            with contextlib.redirect_stdout(io.StringIO()):
-                hit = kill_at_random(l, int(sys.argv[1]), seed=2)
-            print(f"| kill -9, {sys.argv[1]} random moments | resumed to the same bytes: " + ", ".join(f"{n} {k}" for k, n in hit.items()) + " | nothing |")
+        assert not re.search(words, text), path
+        for call in re.findall(r"torch\.load\(.*", text):
+            assert "weights_only=True" in call, path

@@ -1,6 +1,7 @@
-"""KTO and DPO on real preference files, as they are, with a tiny random Llama and with the small GPT over GPT-2's vocabulary.
+"""Real preference files: read as their README counts them, trained as the equations say.
 
-The files stay outside the repository; without them these tests skip, and test_data.py and test_train.py prove the same on data they make.
+The files stay outside the repository; without them these tests skip. The same properties are
+tested on made data in test_formats.py, test_data.py and test_train.py.
 """
 import json
 import math
@@ -9,82 +10,159 @@ import pytest
 import torch
 
 import data
-import model
 import train
 from conftest import SHARED, needs_shared
-from test_train import metrics, run, tiny_llama
+from plumbing import huggingface
+from plumbing.formats import Turn, read, records, to_feedback
+from plumbing.tokenizer import load_tokenizer
 
-FILES = {  # file -> how it is read, rows or pairs in it
-    "llamafactory/kto_en_demo.json": ([], 300),
-    "llamafactory/dpo_en_demo.json": ([], 300),
-    "llamafactory/dpo_zh_demo.json": ([], 300),
-    "odpo/imdb-sft-test.jsonl": (["--add_eot", "false"], 2560),
-    "torchtune/stack_exchange_paired_tiny.json": (["--columns", "prompt=question,chosen=response_j,rejected=response_k"], 25),
-    "torchtune/hh_rlhf_tiny.json": ([], 1),
-}
+pytestmark = needs_shared
+BYTES = load_tokenizer()
+STACK = dict(columns=dict(prompt="question", chosen="response_j", rejected="response_k"))
 
 
-def first_step(policy, units, batch, beta, paired):
-    """Loss and gradient norm of the first step, policy = reference, in float64 and one sequence at a time."""
-    def logp(row):
-        ids = torch.tensor(row.ids.tolist())
-        logits = policy(ids, torch.arange(len(ids)), [len(ids)])
-        return model.token_logps(logits[None], ids[None], torch.tensor(row.mask.tolist())[None].double()).sum()
-
-    for i in batch.rows:                                 # the slope of -log sigma(beta h) at h = 0 is -beta/2, that of KTO's value beta/4
-        unit = units[i]
-        objective = -0.5 * beta * (logp(unit[0]) - logp(unit[1])) if paired else -0.25 * beta * (1 if unit[0].desirable else -1) * logp(unit[0])
-        (objective / len(batch.rows)).backward()
-    norm = torch.stack([p.grad.norm() for p in policy.parameters() if p.grad is not None]).norm()
-    return math.log(2) if paired else 0.5, float(norm)
+def labels(file, **how):
+    examples = to_feedback(read(SHARED / file, **how)[0])
+    return examples, *data.encode(examples, BYTES, max_len=60_000, max_prompt_len=50_000)
 
 
-@needs_shared
+def test_labels_are_read_as_the_readme_counts_them():
+    examples, units, counts = labels("llamafactory/kto_en_demo.json")
+    assert counts == {"read": 300, "desirable": 150, "undesirable": 150, "prompts": 297,
+                      "prompts with both labels": 1}
+    assert sum(len(e.prompt) > 1 for e in examples) == 77
+    for number, control in ((139, "</s>"), (257, "<|user|>")):           # they stay text
+        assert control in examples[number].completion and not examples[number].desirable
+        assert examples[number].where.endswith(f"record {number + 1}")
+    for example, (row,) in zip(examples, units, strict=True):
+        assert BYTES.text(row.response) == example.completion and row.ids[-1] == BYTES.eot
+
+
+def test_pairs_are_read_as_the_readme_counts_them():
+    for file, systems, duplicates in (("dpo_en_demo", 80, 5), ("dpo_zh_demo", 64, 11)):
+        pairs, _ = read(SHARED / f"llamafactory/{file}.json")
+        assert len(pairs) == 300 and sum(p.prompt[0].role == "system" for p in pairs) == systems
+        assert 300 - len({(p.prompt, p.chosen, p.rejected) for p in pairs}) == duplicates
+        examples, units, counts = labels(f"llamafactory/{file}.json")
+        assert counts["desirable"] == counts["undesirable"] == 300
+        assert counts["duplicates (kept)"] >= 2 * duplicates
+        for example, (row,) in zip(examples, units, strict=True):
+            assert BYTES.text(row.response) == example.completion
+
+
+def test_scored_reviews_are_labels_or_pairs_best_with_worst():
+    examples, units, counts = labels("odpo/imdb-sft-test.jsonl", threshold=1.0)
+    assert len(examples) == 2560 and sum(e.desirable for e in examples) == 1682
+    assert len({e.prompt for e in examples}) == 252
+    assert sum("\x85" in e.prompt + e.completion for e in examples) == 3
+    assert counts["dropped: empty response"] == 17 and len(units) == 2543
+    pairs, name = read(SHARED / "odpo/imdb-sft-test.jsonl", scored="pairs")
+    assert all(pair.score_chosen > pair.score_rejected for pair in pairs)
+    ties = int(name.split("ties dropped ")[1].rstrip(")"))
+    assert "left over" not in name and 2 * (len(pairs) + ties) == 2560     # none is lost
+
+
+def test_repeated_questions_and_whole_chats():
+    with pytest.raises(SystemExit, match="unknown format"):
+        read(SHARED / "torchtune/stack_exchange_paired_tiny.json")
+    _, units, counts = labels("torchtune/stack_exchange_paired_tiny.json", **STACK)
+    assert counts["prompts"] == 8 and len(units) == 50
+    for row, other in data.mismatched_units(units, seed=0, max_len=60_000):
+        answers = {unit[0].response.tobytes() for unit in units
+                   if unit[0].prompt_key == row.prompt_key}
+        assert other.response.tobytes() not in answers
+    (pair,), _ = read(SHARED / "torchtune/hh_rlhf_tiny.json")
+    assert pair.prompt == (Turn("user", "What do I do when I have a hole in my trousers?"),)
+    assert (pair.chosen, pair.rejected) == ("Fix the hole.", "Take them off.")
+
+
+def test_long_prompts_are_cut_to_the_limits_of_gpt2s_tokens():
+    examples, _ = read(SHARED / "llamafactory/kto_en_demo.json")
+    units, _ = data.encode(examples, load_tokenizer(SHARED / "gpt2-bpe"))
+    assert max(row.n_prompt for row, in units) == 512
+    assert max(len(row.ids) for row, in units) <= 1024
+    assert min(row.length for row, in units) == 2                        # one token and its end
+
+
+# --- training -------------------------------------------------------------------------------------
+
+def tiny_llama(folder, texts):
+    """A random Llama with a byte-level BPE tokenizer: end-of-text, no chat template."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    bpe.train_from_iterator(texts, trainers.BpeTrainer(
+        vocab_size=600, special_tokens=["<|endoftext|>"], show_progress=False,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token="<|endoftext|>")
+    torch.manual_seed(0)
+    LlamaForCausalLM(LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=512,
+        eos_token_id=tokenizer.eos_token_id, bos_token_id=None, pad_token_id=None,
+    )).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def first_gradient_norm(policy, units, paired, beta=0.1):
+    """Of the first step, policy = reference, in float64 and one sequence at a time.
+
+    There the slope of -log sigma(beta h) in h is -beta/2, and that of KTO's value is beta/4.
+    """
+    total = 0
+    for unit in units:
+        logps = []
+        for row in unit:
+            ids = torch.tensor(row.ids.tolist())
+            logits = policy(ids, torch.arange(len(ids)), [len(ids)])
+            every = logits[:-1].log_softmax(-1)[torch.arange(len(ids) - 1), ids[1:]]
+            logps.append(every @ torch.tensor(row.mask[1:]).double())
+        if paired:
+            total = total - beta / 2 * (logps[0] - logps[1])
+        else:
+            total = total - beta / 4 * (1 if unit[0].desirable else -1) * logps[0]
+    (total / len(units)).backward()
+    gradients = [p.grad.norm() for p in policy.parameters() if p.grad is not None]
+    return float(torch.stack(gradients).norm())
+
+
+RUNS = [("kto", "llamafactory/kto_en_demo.json"), ("kto", "odpo/imdb-sft-test.jsonl"),
+        ("kto", "torchtune/stack_exchange_paired_tiny.json"),
+        ("dpo", "llamafactory/dpo_en_demo.json"), ("dpo", "llamafactory/dpo_zh_demo.json"),
+        ("dpo", "odpo/imdb-sft-test.jsonl")]
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("loss", ["kto", "dpo"])
-@pytest.mark.parametrize("kind, file", [*(("llama", file) for file in FILES), ("gpt", "llamafactory/dpo_zh_demo.json"), ("gpt", "odpo/imdb-sft-test.jsonl")])
-def test_the_first_step_is_the_equation_and_the_margin_rises(tmp_path, capsys, kind, file, loss):
-    how, n = FILES[file]
-    path, paired = SHARED / file, loss == "dpo"
-    if paired and "kto" in file:
-        with pytest.raises(SystemExit, match="--loss dpo needs pairs"):
-            run("--loss", loss, "--data", path)
-        return
-    sizes = ["--max_len", 128, "--max_prompt_len", 64, "--batch_size", min(8, n * (1 if paired else 2)), "--seed", 1]
-    read = dict(columns=data.parse_columns(how[1]) if "--columns" in how else None, threshold=1.0, scored="pairs" if paired else "labels")
-    words = ["--loss", loss, "--data", path, *how, *sizes, "--warmup", 1, "--out", tmp_path / "run", *(["--threshold", 1.0] if "imdb" in file else [])]
-    if not paired and "hh_rlhf" in file:
-        words += ["--z0", "zero"]                                                               # a single prompt has no mismatched pairs
-    if kind == "llama":
-        tokenizer_texts = [json.dumps(r, ensure_ascii=False) for _, r in zip(range(40), (r for _, r in data._records(path)))]
-        start = tiny_llama(tmp_path / "llama", tokenizer_texts)
-        words += ["--model", start]
-        tokenizer = data.load_tokenizer(start)
-    else:
-        words += ["--tokenizer", SHARED / "gpt2-bpe", "--sft_steps", 1]
-        tokenizer = data.load_tokenizer(SHARED / "gpt2-bpe")
-    some = tmp_path / "some.jsonl"                                                              # trained for long on few rows, read in whole first
-    run(*words, "--dry_run")
-    line = next(x for x in capsys.readouterr().out.splitlines() if x.startswith("data:"))
-    examples, _ = data.read(path, **read)
-    examples = examples if paired else data.to_feedback(examples)
-    encoded, counts = data.encode(examples, tokenizer, max_len=128, max_prompt_len=64, add_eot="--add_eot" not in how)
-    dropped = sum(v for k, v in counts.items() if k.startswith("dropped"))
-    assert counts["read"] == len(encoded) + dropped and data.counts_line(counts) in line, "no row is lost without being counted"
-    if not (paired and "imdb" in file):
-        assert counts["read"] == n * (1 if paired or "kto" in file or "imdb" in file else 2)
+@pytest.mark.parametrize("loss, file", RUNS)
+def test_the_first_step_is_the_equation_and_the_margin_rises(tmp_path, loss, file):
+    rows, paired = [row for _, row in records(SHARED / file)][:12], loss == "dpo"
+    some = tmp_path / "some.jsonl"                                       # few rows, many steps
+    some.write_text("\n".join(json.dumps(row) for row in rows))
+    start = tiny_llama(tmp_path / "llama", [json.dumps(row, ensure_ascii=False) for row in rows])
+    words, how = ["--max_len", 128, "--max_prompt_len", 64], {}
+    if "imdb" in file:
+        how = dict(scored="pairs") if paired else dict(threshold=1.0)
+        words += ["--add_eot", "false", "--threshold", 1.0]
+    if "stack" in file:
+        how = STACK
+        words += ["--columns", "prompt=question,chosen=response_j,rejected=response_k"]
+    words = ["--loss", loss, "--data", some, "--model", start, "--out", tmp_path / "run", *words,
+             "--batch_size", 5, "--seed", 1, "--warmup", 1, "--steps", 12, "--lr", "1e-3"]
+    train.main([str(word) for word in words])
 
-    records = [r for _, r in data._records(path)][:12]
-    some.write_text("\n".join(json.dumps(r) for r in records))
-    words[words.index(path)] = some
-    run(*words, "--steps", 12, "--lr", "1e-3")
-    config, m = json.loads((tmp_path / "run/config.json").read_text()), metrics(tmp_path / "run")
-    examples, _ = data.read(some, **read)
-    units = data.encode(examples if paired else data.to_feedback(examples), tokenizer, max_len=128, max_prompt_len=64, add_eot="--add_eot" not in how)[0]
-    units = units if paired else [(u,) for u in units]
-    batch = data.batch_at([u[0].prompt_key for u in units], config["batch_size"], seed=1, step=0)
-    value, norm = first_step(model.load_policy(config["init"], dtype=torch.float64), units, batch, config["beta"], paired)
-    assert m[0]["loss"] == pytest.approx(value, abs=1e-5) and m[0]["grad_norm"] == pytest.approx(norm, rel=1e-3)      # the run is float32
-    margin = json.loads((tmp_path / "run/eval.json").read_text())["train"]["margin"]
-    labels = {row.desirable for u in units for row in u}
-    assert margin > 0.1 if len(labels) == 2 else margin is None
+    examples, _ = read(some, **how)
+    if not paired:
+        examples = to_feedback(examples)
+    units, _ = data.encode(examples, load_tokenizer(start), max_len=128, max_prompt_len=64,
+                           add_eot="imdb" not in file)
+    batch = [units[i] for i in data.batch_rows(len(units), 5, seed=1, step=0)]
+    policy = huggingface.load_policy(start, dtype=torch.float64)
+    metrics = [json.loads(line) for line in open(tmp_path / "run" / "metrics.jsonl")]
+    assert metrics[0]["loss"] == pytest.approx(math.log(2) if paired else 0.5, abs=1e-5)
+    norm = first_gradient_norm(policy, batch, paired)
+    assert metrics[0]["grad_norm"] == pytest.approx(norm, rel=1e-3)      # the run is float32
+    margin = json.loads((tmp_path / "run" / "eval.json").read_text())["train"]["margin"]
+    assert margin > 0.1

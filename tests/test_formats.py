@@ -1,0 +1,285 @@
+"""Every format reads as what it says, and what cannot be read is one line that names its row."""
+import json
+import sys
+import types
+from dataclasses import replace
+
+import pytest
+
+from plumbing import formats
+from plumbing.formats import FORMATS, Feedback, Pair, Turn, pairs_from_scores, read, to_feedback
+
+TEXT = {"prompt": "Q", "completion": "A", "label": True}
+
+
+def user(content):
+    return {"role": "user", "content": content}
+
+
+def says(content, **more):
+    return {"role": "assistant", "content": content, **more}
+
+
+CHAT = [{"role": "system", "content": "S"}, user("Q")]
+TURNS = (Turn("system", "S"), Turn("user", "Q"))
+SHARE = [{"from": "system", "value": "S"}, {"from": "human", "value": "Q"}]
+LONG = [says("a"), user("b"), says("c")]
+GOES_ON = (Turn("assistant", "a"), Turn("user", "b"), Turn("assistant", "c"))
+CALLS = [{"function": {"name": "weather", "arguments": {"unit": "</s>"}}}]
+CALL = json.dumps({"tool_calls": CALLS})
+TOOLS = [{**user("Q"), "name": "Ann"}, says(None, tool_calls=CALLS),
+         {"role": "tool", "content": "R", "tool_call_id": "7"}, {**says("A"), "id": 3}]
+TOOL_TURNS = (Turn("user", "Q", '{"name": "Ann"}'), Turn("assistant", "", CALL),
+              Turn("tool", "R", '{"tool_call_id": "7"}'))
+BOTH = {"chosen": "A", "rejected": "B"}
+
+ROWS = [                                                     # a row, what it becomes
+    (TEXT, Feedback("Q", "A", True)),
+    ({"prompt": "Q", "text": "A", "label": 0}, Feedback("Q", "A", False)),
+    ({"prompt": "Q", "response": "A", "kto_tag": -1}, Feedback("Q", "A", False)),
+    ({**TEXT, "text": "B", "response": "C"}, Feedback("Q", "A", True)),
+    ({**TEXT, "reward": 9, "label": False}, Feedback("Q", "A", False)),
+    ({**TEXT, "truncated": True}, Feedback("Q", "A", True, whole=False)),
+    ({**TEXT, "finish_reason": "length"}, Feedback("Q", "A", True, whole=False)),
+    ({**TEXT, "finish_reason": "stop", "truncated": False}, Feedback("Q", "A", True)),
+    ({**TEXT, "system": "S", "chosen": None}, Feedback(TURNS, "A", True)),
+    ({"prompt": CHAT, "completion": [says("A")], "label": 1}, Feedback(TURNS, "A", True)),
+    ({"prompt": CHAT, "completion": LONG, "label": 1}, Feedback(TURNS, GOES_ON, True)),
+    ({"messages": [*CHAT, says("A")], "label": 1}, Feedback(TURNS, "A", True)),
+    ({"messages": TOOLS, "label": True}, Feedback(TOOL_TURNS, "A", True)),
+    ({"conversations": [*SHARE, {"from": "gpt", "value": "A"}], "kto_tag": 0, "system": "other"},
+     Feedback(TURNS, "A", False)),
+    ({"instruction": "Q", "input": "I", "output": "A", "system": "S", "history": [["q", "a"]],
+      "label": 1}, Feedback((TURNS[0], Turn("user", "q"), Turn("assistant", "a"),
+                             Turn("user", "Q\nI")), "A", True)),
+    ({"prompt": "Q", "completion": "A", "reward": 1.5}, Feedback("Q", "A", True, score=1.5)),
+    ({"prompt": "Q", "text": "A", "score": 1}, Feedback("Q", "A", False, score=1.0)),   # not >=
+    ({"prompt": "Q", **BOTH}, Pair("Q", "A", "B")),
+    ({"prompt": "Q", **BOTH, "score_chosen": 2, "score_rejected": -1.5, "target": "C",
+      "win_prob_chosen": 1, "win_prob_rejected": None},
+     Pair("Q", "A", "B", 2.0, -1.5, win_prob_chosen=1.0, target="C")),
+    ({"prompt": CHAT, "chosen": [says("A")], "rejected": "B"}, Pair(TURNS, "A", "B")),
+    ({"prompt": CHAT, "chosen": LONG, "rejected": LONG[:1], "segment": {"start": 0, "end": 1}},
+     Pair(TURNS, GOES_ON, "a", segment=(0, 1))),
+    ({"prompt": "Q", "chosen": [user("Q"), says("A")], "rejected": [user("Q"), says("B")]},
+     Pair(TURNS[1:], "A", "B")),                                         # UltraFeedback
+    ({"messages": CHAT, "chosen": says("A"), "rejected": says("B")}, Pair(TURNS, "A", "B")),
+    ({"conversations": SHARE, "chosen": {"from": "gpt", "value": "A"}, "rejected": "B"},
+     Pair(TURNS, "A", "B")),
+    ({"conversations": SHARE[1:], "system": "S", **BOTH}, Pair(TURNS, "A", "B")),
+    ({"instruction": "Q", "input": "", **BOTH}, Pair(TURNS[1:], "A", "B")),
+    # whole chats: the turns that both share are the prompt, then both go on with the assistant
+    ({"chosen": [*CHAT, says("A")], "rejected": [*CHAT, says("B")]}, Pair(TURNS, "A", "B")),
+    ({"chosen": [*CHAT, *LONG], "rejected": [*CHAT, *LONG[:2], says("B")]},
+     Pair((*TURNS, *GOES_ON[:2]), "c", "B")),
+    ({"chosen": [*CHAT, *LONG], "rejected": [*CHAT, LONG[0]]}, Pair(TURNS, GOES_ON, "a")),
+    ({"chosen": [*CHAT, LONG[0]], "rejected": [*CHAT, LONG[0]]}, Pair(TURNS, "a", "a")),
+    ({"chosen": [*CHAT, *LONG], "rejected": [*CHAT, LONG[0], user("x"), LONG[2]]},
+     Pair(TURNS, GOES_ON, (GOES_ON[0], Turn("user", "x"), GOES_ON[2]))),
+]
+MANY = {"prompt": "Q", "responses": ["A", [says("B")]], "scores": [2, 0.5]}
+
+
+def write(path, *rows):
+    path.write_text("\n\n".join(json.dumps(row) for row in rows), "utf-8")
+    return path
+
+
+def complaint(files, **how):
+    """The one line with which reading stops."""
+    with pytest.raises(SystemExit) as stop:
+        read(files, **how)
+    assert isinstance(stop.value.code, str) and "\n" not in stop.value.code
+    return stop.value.code
+
+
+def test_every_format_reads_alike_from_lines_an_array_and_parquet(tmp_path):
+    from pyarrow import Table, parquet
+    lines, array, table = tmp_path / "f.jsonl", tmp_path / "f.json", tmp_path / "f.parquet"
+    for row, example in ROWS:
+        write(lines, row, row)
+        array.write_text(json.dumps([row, row], indent=1))
+        named = {lines: ("line 1", "line 3"), array: ("record 1", "record 2")}
+        if not {"history", "completion", "messages"} & set(row):        # lists of one type only
+            parquet.write_table(Table.from_pylist([row, row]), table)
+            named[table] = ("row 1", "row 2")
+        for file, rows in named.items():
+            wanted = [replace(example, where=f"{file}: {name}") for name in rows]
+            assert read(file, threshold=1.0)[0] == wanted, row
+            assert read(file, threshold=1.0, prompts=True)[0] == wanted
+
+
+def test_every_format_of_the_table_is_among_the_examples_and_rows_are_not_changed():
+    seen = set()
+    for row, _ in [*ROWS, (MANY, None)]:
+        before = json.dumps(row)
+        seen.add(formats.parse(row, threshold=1.0)[0])
+        assert json.dumps(row) == before
+    assert seen == {", ".join(columns) for columns in FORMATS}
+
+
+def test_several_scored_responses_are_examples_of_their_own():
+    _, examples = formats.parse(MANY, threshold=1)
+    assert examples == [Feedback("Q", "A", True, score=2.0), Feedback("Q", "B", False, score=0.5)]
+
+
+def test_columns_are_renamed_before_anything_else(tmp_path):
+    columns = formats.parse_columns("prompt=question,completion=answer,label=good")
+    row = {"prompt": "old", "question": "Q", "answer": "A", "good": -1}
+    assert formats.parse(row, columns=columns)[1] == [Feedback("Q", "A", False)]
+    assert "--columns prompt=question" in complaint(write(tmp_path / "f", TEXT), columns=columns)
+    assert formats.parse_columns("score_chosen=a,segment=b,history=c,messages=d,kto_tag=e")
+    for text in ("promt=question", "prompt"):
+        with pytest.raises(SystemExit, match="--columns .* completion"):
+            formats.parse_columns(text)
+
+
+def test_a_prompt_alone_is_read_only_where_that_is_asked_for(tmp_path):
+    path = tmp_path / "f.jsonl"
+    for row, prompt in [({"prompt": "Q"}, "Q"), ({"prompt": SHARE}, TURNS), ({"prompt": ""}, ""),
+                        ({"prompt": "Q", "system": "S"}, TURNS),
+                        ({"prompt": "Q", "completion": "A", "chosen": None}, "Q")]:
+        write(path, row)
+        wanted = [Feedback(prompt, "", None, where=f"{path}: line 1")]
+        assert read(path, prompts=True) == (wanted, "prompts alone")
+        assert f"{path}: line 1: " in complaint(path)
+
+
+def broken(**cells):
+    return {**TEXT, **cells}
+
+
+BAD_ROWS = [
+    3, ["prompt"], {}, {"a\nb": 1}, {"prompt": "Q"}, {"prompt": "Q", "rejected": "B"},
+    {"prompt": "Q", "completion": "A"}, {"chosen": "Q A", "rejected": "Q B"},
+    *(broken(label=x) for x in ["true", "yes\nno", "", 2, -2, 0.5, 1.0, None, [], [1], {}]),
+    *(broken(prompt=x) for x in [5, [], None, "\ud800"]),
+    *(broken(completion=x) for x in [7, None, CHAT, [says("A"), user("Q")], [*CHAT, says("A")],
+                                     {"role": "x\ny"}]),
+    {"prompt": "Q", "completion": "A", "reward": 1.0},                  # and no threshold
+    *({"prompt": "Q", **BOTH, "segment": x} for x in [
+        [0, 1], 1, {}, {"start": 0}, {"start": 1, "end": 1}, {"start": -1, "end": 1},
+        {"start": 0, "end": 1.0}, {"start": False, "end": 1}]),
+    {"prompt": "Q", **BOTH, "score_chosen": "2"},
+    {"prompt": "Q", "chosen": user("A"), "rejected": "B"},
+    {"prompt": "Q", "chosen": [user("other"), says("A")], "rejected": [user("other"), says("B")]},
+    {"instruction": ["Q"], "output": "A", "label": True},
+    {"instruction": "Q", "output": "A", "label": True, "history": [["q"]]},
+    {"instruction": "Q", "output": "A", "label": True, "input": 1},
+    broken(system=1), {"messages": CHAT, "label": 1}, {"messages": "Q", "label": 1},
+    {"messages": [], "label": 1}, {"messages": ["A"], "label": 1},
+    {"messages": [{"role": ["user"], "content": "A"}], "label": 1},
+    {"messages": [says(None)], "label": 1},
+]
+BAD_SCORES = [{"reward": x} for x in ["high", True, None, float("nan"), 1e999, 10 ** 400]]
+BAD_SCORES += [{"responses": responses, "scores": scores} for responses, scores in [
+    (["A"], [1, 2]), ("A", [1]), (False, [1]), ([], []), (["A"], ["1"])]]
+
+
+def test_a_bad_row_is_one_line_that_names_file_and_row(tmp_path):
+    path = tmp_path / "f.jsonl"
+    for row in BAD_ROWS:
+        write(path, TEXT, row)
+        assert complaint(path).startswith(f"{path}: line 3: "), row
+    for cells in BAD_SCORES:
+        row = {"prompt": "Q", "completion": "A", **cells}
+        write(path, {**TEXT, "reward": 1.0}, row)
+        assert complaint(path, threshold=0.0).startswith(f"{path}: line 3: "), row
+
+
+def test_a_bad_file_is_one_line_that_names_it(tmp_path, monkeypatch):
+    path = tmp_path / "f.jsonl"
+    assert complaint(path) == f"--data {path}: no such file"
+    for content in (b"", b" \n\n", b"[]", b"\xef\xbb\xbf", b'{"prompt": "caf\xe9"}', b"PAR1",
+                    b'{"prompt": "Q"', b'[{"prompt": "Q", "comp', b"[" * 100_000,
+                    b'{"prompt": ' + b"9" * 5000 + b"}", json.dumps(TEXT).encode() + b" more"):
+        path.write_bytes(content)
+        assert str(path) in complaint(path), content[:40]
+    path.write_text(json.dumps(TEXT) + '\n{"prompt": }')
+    assert f"{path}: line 2: broken JSON" in complaint(path)
+
+
+def test_line_separators_inside_a_string_do_not_split_a_line(tmp_path):
+    path = tmp_path / "f.jsonl"
+    for separator in ("\x0c", "\x85", "\u2028", "\x1c", "\n", "\r\n"):
+        lines = [json.dumps({**TEXT, "prompt": f"a{separator}b"}, ensure_ascii=False)] * 2
+        path.write_bytes(("\ufeff" + "\r\n".join(lines)).encode())      # and a byte order mark
+        examples, _ = read(path)
+        assert [e.prompt for e in examples] == [f"a{separator}b"] * 2
+        assert examples[1].where == f"{path}: line 2"
+
+
+def test_pairs_and_single_responses_do_not_mix(tmp_path):
+    first = write(tmp_path / "a.jsonl", TEXT)
+    second = write(tmp_path / "b.jsonl", {"prompt": "Q", **BOTH})
+    assert complaint([first, second]).startswith(f"{second}: line 1: mixes")
+    examples, name = read([first, write(tmp_path / "c", {"messages": [says("A")], "label": 0})])
+    assert [e.desirable for e in examples] == [True, False]
+    assert name == "prompt, completion, label, messages, label"
+
+
+def test_a_name_that_is_no_file_is_a_hub_dataset(tmp_path, monkeypatch):
+    def load(name, split):
+        return [{**TEXT, "prompt": f"{name} {split}", "reward": None}]
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(sys.modules, "datasets", types.SimpleNamespace(load_dataset=load))
+    wanted = Feedback("org/name train", "A", True, where="org/name:train: row 1")
+    assert read("org/name")[0] == [wanted]
+    assert read(["org/name:test[:5%]"])[0][0].prompt == "org/name test[:5%]"
+    for name in ("org/name.jsonl", "name", "a/b/c"):
+        assert complaint(name) == f"--data {name}: no such file"
+    (tmp_path / "org").mkdir()
+    write(tmp_path / "org" / "name", TEXT)
+    assert read("org/name")[0][0].prompt == "Q"                         # a file comes first
+    monkeypatch.setitem(sys.modules, "datasets", None)                  # not installed
+    assert "--data org/other: no such file" in complaint("org/other")
+
+
+def test_a_pair_becomes_a_desirable_and_an_undesirable_response_to_the_same_prompt():
+    for whole in (True, False):                                         # "cut" stays with both
+        pair = Pair("The sky", " is blue", " is", 2.0, 1.0, whole=whole, where="w")
+        assert to_feedback([pair]) == [Feedback("The sky", " is blue", True, whole, "w"),
+                                       Feedback("The sky", " is", False, whole, "w")]
+    single = Feedback("Q", "A", False)
+    assert to_feedback([single]) == [single]
+
+
+def test_scored_responses_pair_the_best_with_the_worst_and_ties_and_odd_ones_are_counted():
+    scores = [("P", 1.0), ("P", 3.0), ("Q", 2.0), ("P", 0.0), ("P", 2.0), ("P", 5.0), ("Q", 2.0),
+              ("R", 1.0)]
+    scored = [Feedback(p, f"{p}{score}", None, where=f"row {i}", score=score)
+              for i, (p, score) in enumerate(scores)]
+    pairs, counts = pairs_from_scores(scored)
+    assert pairs == [Pair("P", "P5.0", "P0.0", 5.0, 0.0, where="row 5"),
+                     Pair("P", "P3.0", "P1.0", 3.0, 1.0, where="row 1")]
+    assert counts == {"scored responses": 8, "left over": 2, "ties dropped": 1}    # P's 2, and R
+    scored[3] = replace(scored[3], whole=False)
+    assert [pair.whole for pair in pairs_from_scores(scored)[0]] == [False, True]
+    with pytest.raises(SystemExit, match="here: "):
+        pairs_from_scores([Feedback("P", "A", True, where="here")])
+
+
+def test_scored_files_become_pairs_without_a_threshold_and_a_label_hides_no_score(tmp_path):
+    path = tmp_path / "f.jsonl"
+    rows = [{"prompt": "Q", "completion": f"A{r}", "reward": r} for r in (1, 2, 0)]
+    rows[1]["label"] = False
+    (pair,), name = read(write(path, *rows), scored="pairs")
+    assert (pair.chosen, pair.rejected) == ("A2", "A0")
+    assert (pair.score_chosen, pair.score_rejected) == (2.0, 0.0)
+    assert name.endswith("as pairs (scored responses 3 | left over 1)")
+    assert str(path) in complaint(write(path, rows[0]), scored="pairs")              # no pairs
+    assert "line 3: has no score" in complaint(write(path, rows[0], TEXT), scored="pairs")
+    write(path, TEXT)                                                    # labels stay labels
+    assert read(path, scored="pairs")[0] == [Feedback("Q", "A", True, where=f"{path}: line 1")]
+
+
+def test_the_hint_appears_where_most_responses_were_cut_and_only_there():
+    cut = [Feedback("Q", f"a text that stops in the mid {i}", True) for i in range(20)]
+    whole = [Feedback("Q", f"A sentence ({i}).", True) for i in range(20)]
+    known = [replace(e, whole=False) for e in cut]
+    assert "0 of 20" in formats.cut_hint(cut, True)
+    assert "--add_eot false" in formats.cut_hint([*cut, *whole[:19]], True)
+    for examples, add_eot in [(cut, False), (whole, True), (cut[:19], True), (known, True),
+                              (cut[:10] + whole[:10], True)]:
+        assert formats.cut_hint(examples, add_eot) is None

@@ -1,0 +1,504 @@
+"""Claims about rollouts.py: what is sampled and measured, who judges, and that no split matters."""
+
+import json
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+import data
+import model
+import ppo
+import rollouts
+import train
+import world
+from objective import Reference, signature
+from plumbing import parallel
+from plumbing.formats import Turn
+from plumbing.tokenizer import Tokenizer, load_tokenizer
+
+F64 = torch.float64
+BYTES = load_tokenizer()
+PROMPTS = [BYTES.encode(prompt) for prompt in ("ab", "c", "hello", "ab", "xyz", "q?")]
+OPTIONS = {"kl_coef": 0.3, "gamma": 1.0, "lam": 0.9, "ppo_epochs": 2, "minibatches": 2,
+           "target_kl": 0.0}
+SHAPE = dict(vocab_size=257, context=24, n_layer=2, n_head=2, d_model=16)
+
+
+def close(a, b, atol=1e-12):
+    torch.testing.assert_close(a, b, rtol=0, atol=atol)
+
+
+def toy(seed=0, dtype=F64):
+    """A small GPT over bytes, every parameter of which matters."""
+    net = model.GPT(model.GPTConfig(**SHAPE)).double()
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, p in net.named_parameters():
+            p.copy_(0.3 * torch.randn(p.shape, dtype=F64, generator=generator))
+            if "ln_" in name and name.endswith("weight"):
+                p.add_(1)
+    return net.to(dtype)
+
+
+def scorer(kind=rollouts.Critic, dtype=F64):
+    found = kind(toy(5, dtype))
+    generator = torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        found.score.weight.copy_(torch.randn(1, SHAPE["d_model"], dtype=F64, generator=generator))
+    return found
+
+
+def vowels(prompts, responses):
+    return [sum(c in "aeiou" for c in response) - 0.1 * len(response) + len(prompt)
+            for prompt, response in zip(prompts, responses)]
+
+
+def ppo_of(policy=None, dtype=F64, reward=vowels, clip=0.2, **options):
+    """(objective, actor and critic) on the toys."""
+    both = rollouts.ActorCritic(policy or toy(dtype=dtype), scorer(dtype=dtype))
+    config = SimpleNamespace(batch_size=6, seed=0, max_len=12, dtype="fp64")
+    hyper = signature(ppo.actor_critic_loss)[1] | {"clip": clip}
+    units = [(data.make_row(prompt, [BYTES.eot]),) for prompt in PROMPTS]
+    reference = Reference(model=toy(1, dtype))
+    return rollouts.PPO(hyper, units, reference, reward, BYTES, config, OPTIONS | options), both
+
+
+def same_rows(a, b):
+    return [np.array_equal(x.ids, y.ids) for x, y in zip(a.rows, b.rows, strict=True)]
+
+
+# --- what is sampled and measured -----------------------------------------------------------------
+
+def test_rollouts_measure_what_separate_forwards_measure():
+    objective, both = ppo_of()
+    seen = objective.rollouts(both, step=3)
+    known, reference = seen.known, objective.reference.model
+    ref_logps = torch.zeros_like(known["returns"])
+    texts = [], []
+    entropies = 0.0
+    for i, row in enumerate(seen.rows):
+        ids = torch.tensor(row.ids.astype(np.int64))
+        start, length = row.n_prompt, len(row.response)
+        assert len(row.ids) == 12 or row.ids[-1] == BYTES.eot        # max_len, prompt included
+        assert known["mask"][i].tolist() == [t < length for t in range(known["mask"].shape[1])]
+        flat = ids, torch.arange(len(ids)), [len(ids)]
+        before = torch.arange(start - 1, len(ids) - 1)
+        every_logp = both.policy(*flat).log_softmax(-1)[before].detach()
+        entropies -= float((every_logp.exp() * every_logp).sum())
+        logps = every_logp.gather(1, ids[start:, None])[:, 0]
+        close(known["old_token_logps"][i, :length], logps, 1e-10)   # sums in another order
+        ref_logps[i, :length] = reference(*flat).log_softmax(-1)[before, ids[start:]].detach()
+        hidden = both.critic.trunk.hidden(*flat, before)         # the state BEFORE the token
+        values = both.critic.score(hidden)[:, 0]
+        close(known["old_values"][i, :length], values.detach(), 1e-10)
+        texts[0].append(BYTES.text(row.ids[:start]))
+        texts[1].append(BYTES.text(row.response))
+    scores = torch.tensor(vowels(*texts), dtype=F64)
+    rewards = ppo.token_rewards(scores, known["old_token_logps"], ref_logps, known["mask"],
+                                kl_coef=0.3)
+    advantages, returns = ppo.gae(rewards, known["old_values"], known["mask"], lam=0.9)
+    close(known["returns"], returns, 1e-10)
+    close(known["advantages"], ppo.whiten(advantages, known["mask"]), 1e-9)
+    kl = float(((known["old_token_logps"] - ref_logps) * known["mask"]).sum()) / 6
+    ended = sum(row.ids[-1] == BYTES.eot for row in seen.rows)
+    on = known["mask"]
+    k3 = ppo.kl_estimates(known["old_token_logps"][on], ref_logps[on])[2]
+    explained = rollouts.explained_variance(known["old_values"][on], known["returns"][on])
+    wanted = {"reward": float(scores.mean()), "objective": float(scores.mean()) - 0.3 * kl,
+              "kl/k1": kl, "length": float(known["mask"].sum()) / 6, "ended": ended / 6,
+              "entropy": entropies / float(on.sum()), "kl/k3": float(k3.sum()) / 6,
+              "explained_variance": explained}
+    assert {name: seen.stats[name] for name in wanted} == pytest.approx(wanted, abs=1e-9)
+
+
+def test_responses_are_a_function_of_seed_step_and_row():
+    objective, both = ppo_of()
+    objective.units = objective.units[:1] * 6            # one prompt: only the draws differ
+    seen, again, later = (objective.rollouts(both, step) for step in (0, 0, 1))
+    assert all(same_rows(seen, again))
+    assert torch.equal(seen.known["advantages"], again.known["advantages"])
+    assert not any(same_rows(seen, later))
+    assert len({row.response.tobytes() for row in seen.rows}) == 6
+
+
+def test_an_epoch_of_steps_asks_every_prompt_once():
+    objective, both = ppo_of()
+    objective.config.batch_size = 3
+    rows = objective.write(both.policy, 0) + objective.write(both.policy, 1)
+    assert sorted(row.ids[:row.n_prompt].tolist() for row in rows) == sorted(PROMPTS)
+
+
+def test_explained_variance_is_1_for_a_perfect_critic_and_0_for_a_constant():
+    returns = torch.tensor([1.0, 2.0, 4.0])
+    assert rollouts.explained_variance(returns, returns) == 1
+    assert rollouts.explained_variance(torch.full((3,), 7.0), returns) == 0
+    assert rollouts.explained_variance(returns, torch.full((3,), 7.0)) is None
+
+
+# --- any number of processes ----------------------------------------------------------------------
+
+class Waiting(Exception):
+    """A process has given its table and waits for the others'."""
+
+
+def on_processes(monkeypatch, size, work):
+    """work(rank) of every process. Each runs up to the next sum, until all come to the end."""
+    sums = []
+    while True:
+        tables, ends = [], []
+        for rank in range(size):
+            known = iter(sums)
+
+            def total(table):
+                for whole in known:
+                    return whole.clone()
+                tables.append(table.clone())
+                raise Waiting
+
+            with monkeypatch.context() as patch:
+                for name, value in (("rank", rank), ("size", size), ("total", total)):
+                    patch.setattr(parallel, name, value)
+                try:
+                    ends.append(work(rank))
+                except Waiting:
+                    pass
+        assert len(tables) in (0, size)                  # all join, or none
+        if not tables:
+            return ends
+        sums.append(sum(tables))
+
+
+def test_processes_that_share_the_work_hold_the_experience_of_one(monkeypatch):
+    objective, both = ppo_of()
+    alone = objective.rollouts(both, 0)
+    for size in (2, 4, 8):                               # 8: more than there are rows
+        for seen in on_processes(monkeypatch, size, lambda rank: objective.rollouts(both, 0)):
+            assert all(same_rows(seen, alone))
+            for name, table in alone.known.items():
+                close(seen.known[name], table)
+            assert seen.stats == pytest.approx(alone.stats, abs=1e-12)
+
+
+def test_every_process_holds_the_same_rows_even_where_each_would_have_sampled_others(monkeypatch):
+    """What float32 does now and then, made certain: each process has a policy of its own."""
+    each = [ppo_of(toy(rank)) for rank in range(3)]
+    alone = [objective.rollouts(both, 0) for objective, both in each]
+    shared = on_processes(monkeypatch, 3, lambda rank: each[rank][0].rollouts(each[rank][1], 0))
+    for seen in shared:
+        for i, row in enumerate(seen.rows):              # row i is written by process i mod 3
+            assert np.array_equal(row.ids, alone[i % 3].rows[i].ids)
+    assert not all(same_rows(alone[0], alone[1]))
+
+
+def test_responses_pass_through_the_table_as_they_were(monkeypatch):
+    """Token 0 is a token, and a response may be as long as the room allows."""
+    class Writer:
+        def generate(self, prompts, *, numbers, **how):
+            return [[0] * (1 + 3 * (i % 2)) for i in numbers]
+
+    def work(rank):
+        return rollouts.answers(Writer(), [[1]] * 5, BYTES, max_len=4, seed=0)
+
+    for size in (1, 2, 7):
+        for written in on_processes(monkeypatch, size, work):
+            assert written == [[0], [0] * 4, [0], [0] * 4, [0]]
+
+
+def flips(samples, others):
+    """(rows that part, tokens up to there): what follows is drawn after another text."""
+    parted, drawn = 0, 0
+    for a, b in zip(samples, others, strict=True):
+        same = [x == y for x, y in zip(a, b)]
+        parted += not all(same)
+        drawn += len(a) if all(same) else same.index(False) + 1
+    return np.array([parted, drawn])
+
+
+def test_hardly_a_token_flips_when_prompts_are_sampled_in_other_batches():
+    """float64: none. float32: 1 in 363,632 when counted over 30 seeds, so that one in the 1,900
+    here is unlikely (.005), and two are a defect. bfloat16 (18 in 8,517) shows that flips are seen.
+    """
+    for dtype, most in ((F64, 0), (torch.float32, 1), (torch.bfloat16, None)):
+        policy, counted = toy(dtype=dtype), np.zeros(2)
+        for seed in range(5):
+            rng = np.random.default_rng(seed)
+            prompts = [rng.integers(257, size=rng.integers(1, 9)).tolist() for _ in range(32)]
+            together = policy.generate(prompts, eot=256, max_new_tokens=15, seed=seed)
+            for part in ([0], [1], *np.array_split(rng.permutation(32), 7)):
+                alone = policy.generate([prompts[i] for i in part], numbers=list(map(int, part)),
+                                        eot=256, max_new_tokens=15, seed=seed)
+                counted += flips([together[i] for i in part], alone)
+        assert counted[1] > 1_500
+        assert counted[0] > 0 if most is None else counted[0] <= most
+
+
+# --- the objective --------------------------------------------------------------------------------
+
+def one_step(objective, both, micro_batch_size=0, processes=1):
+    """What train.train_step does, on several processes in turn.   -> (weights, last line)"""
+    optimizer = torch.optim.SGD(both.parameters(), lr=0.1)
+    for batch in objective.batches(both, 0):
+        sums = {}
+        for rank in range(processes):
+            parallel.rank, parallel.size = rank, processes
+            for part, weight in parallel.deal(batch.units, both.token_budget, micro_batch_size):
+                measured = objective.measure(both, batch, part)
+                losses = objective.losses(measured)
+                (weight * losses.sum() / batch.n).backward()
+                for name, x in objective.watch(measured, losses).items():
+                    sums[name] = sums.get(name, 0.0) + weight * float(x)
+        parallel.rank, parallel.size = 0, 1
+        line = objective.report(sums, batch)
+        optimizer.step()
+        optimizer.zero_grad()
+    return torch.cat([p.detach().flatten() for p in both.parameters()]), line
+
+
+def test_any_split_of_a_minibatch_gives_the_same_updates(monkeypatch):
+    monkeypatch.setattr(parallel, "rank", 0)             # put back, whatever happens
+    monkeypatch.setattr(parallel, "size", 1)
+    weights, line = one_step(*ppo_of(clip=0.05))
+    assert line["updates"] == 4 and line["kl/old"] > 0 and 0 < line["clip_fraction"] < 1
+    for split in ((1, 1), (2, 1), (0, 2), (1, 4)):
+        other, other_line = one_step(*ppo_of(clip=0.05), *split)
+        close(other, weights, 1e-11)                     # sums in another order
+        assert other_line == pytest.approx(line, abs=1e-10)
+
+
+def test_the_first_update_starts_at_pi_old_and_first_look_says_so():
+    objective, both = ppo_of()
+    batch = next(objective.batches(both, 0))
+    measured = objective.measure(both, batch, [2, 0])
+    close(measured["token_logps"].detach(), measured["old_token_logps"])
+    close(measured["values"].detach(), measured["old_values"])
+    assert batch.n == sum(len(row.response) for row, in batch.units)
+    loss, expected, largest = objective.first_look(both)
+    assert loss == pytest.approx(expected, abs=1e-12) and loss != 0 and largest > 0.1
+    objective.reference.model = both.policy
+    assert objective.first_look(both)[2] < 1e-12
+    honest = objective.measure
+    for name in ("token_logps", "values"):               # a measurement that is off is seen
+        def measure(*what):
+            found = honest(*what)
+            return {**found, name: found[name] + 0.1}
+        objective.measure = measure
+        loss, expected, _ = objective.first_look(both)
+        assert abs(loss - expected) > 1e-6
+
+
+def test_updates_stop_after_the_first_one_that_went_too_far():
+    """Each report is fed a KL by hand. The LAST update's counts, not the mean of all so far."""
+    objective, both = ppo_of(target_kl=0.02)
+    for kls, wanted in (([0.01, 0.03, 0.01, 0.01], 2), ([0.01, 0.01, 0.01, 0.025], 4),
+                        ([0.0, 0.0, 0.021, 0.0], 3), ([0.01] * 4, 4)):
+        tokens, kl_sum = 0, 0.0                          # of this step alone
+        for batch, kl in zip(objective.batches(both, 0), kls):
+            sums = {"loss": 2.0 * batch.n, "tokens": batch.n, "clipped": 0.0, "kl": kl * batch.n}
+            line = objective.report(sums, batch)
+            tokens += batch.n
+            kl_sum += kl * batch.n
+        assert line["updates"] == wanted and line["loss"] == pytest.approx(2.0)
+        assert line["kl/old"] == pytest.approx(kl_sum / tokens)      # the log has the mean
+
+
+def test_an_epoch_of_updates_sees_every_row_once_in_an_order_of_its_own():
+    parts = list(rollouts.updates(10, epochs=3, minibatches=4, seed=[1, 2]))
+    epochs = [sum(parts[i:i + 4], []) for i in (0, 4, 8)]
+    assert all(sorted(epoch) == list(range(10)) for epoch in epochs)
+    assert epochs[0] != epochs[1] != epochs[2]
+    assert parts == list(rollouts.updates(10, epochs=3, minibatches=4, seed=[1, 2]))
+    assert [len(part) for part in rollouts.updates(3, epochs=1, minibatches=8)] == [1, 1, 1]
+
+
+def test_clipped_are_the_tokens_whose_slope_is_gone():
+    objective, _ = ppo_of()
+    logps = torch.tensor([0.5, 0.5, 0.5, -0.5, 0.1], dtype=F64, requires_grad=True)
+    zero, advantages = torch.zeros(5, dtype=F64), torch.tensor([1.0, -1.0, 1.0, -1.0, 1.0]).double()
+    measured = {"token_logps": logps, "old_token_logps": zero, "advantages": advantages,
+                "values": zero, "old_values": zero, "returns": zero}
+    losses = objective.losses(measured)
+    gradient, = torch.autograd.grad(losses.sum(), logps)
+    sums = objective.watch(measured, losses)
+    assert sums["tokens"] == 5 and sums["clipped"] == int((gradient == 0).sum()) == 3
+    close(sums["kl"], (logps.exp() - 1 - logps).sum().detach())      # samples of pi_old: k3
+
+
+# --- critics and reward models --------------------------------------------------------------------
+
+ROWS = [data.make_row([1, 2], [3, 4, 5]), data.make_row([9], [8, 5]),
+        data.make_row([1, 2], [3, 4, 6]), data.make_row([1, 2, 3], [7, 7, 7, 5])]
+
+
+def test_a_new_critic_expects_nothing_and_a_language_model_is_no_reward_model(tmp_path):
+    toy(dtype=torch.float32).save(tmp_path)
+    flat = data.flatten(ROWS)
+    for kind in (rollouts.Critic, rollouts.RewardModel):
+        assert (kind.load(tmp_path, new=True)(*flat[:4]) == 0).all()
+    narrow = rollouts.Critic.load(tmp_path, new=True, dtype=torch.bfloat16)
+    assert narrow(*flat[:4]).dtype == torch.float32      # what follows is float32 in any case
+    with pytest.raises(SystemExit, match="without a reward head"):
+        rollouts.RewardModel.load(tmp_path)
+
+
+def test_a_reward_model_reads_the_last_token_and_loads_as_it_was_saved(tmp_path):
+    reward_model = scorer(rollouts.RewardModel, torch.float32)
+    rewards = rollouts.rewards_of(reward_model, ROWS)
+    for row, reward in zip(ROWS, rewards):
+        ids = torch.tensor(row.ids.astype(np.int64))
+        hidden = reward_model.trunk.hidden(ids, torch.arange(len(ids)), [len(ids)], [-1])
+        close(reward_model.score(hidden)[0, 0].detach().double(), reward, 1e-5)      # float32
+    assert rewards[0] != rewards[2]                      # they differ in their last token alone
+    reward_model.token_budget = 4
+    close(rollouts.rewards_of(reward_model, ROWS), rewards, 1e-5)
+    reward_model.save(tmp_path, eot=256)
+    close(rollouts.rewards_of(rollouts.RewardModel.load(tmp_path), ROWS), rewards, 0)
+
+
+def test_accuracy_counts_a_tie_as_half_and_a_third_response_not_at_all(monkeypatch):
+    monkeypatch.setattr(rollouts, "rewards_of", lambda reward_model, rows:
+                        torch.tensor([float(row.ids[-1]) for row in rows]))
+    five, also_five, six, _ = ROWS
+    units = [(five, also_five, six), (six, five, six), (six, five, five), (five, six, five)]
+    found = rollouts.accuracy(None, units)               # a tie, right, right, wrong
+    assert found == {"accuracy": 2.5 / 4, "margin": 0.25, "n": 4}
+
+
+def tiny_hf(folder, kind, vocab=61):
+    from transformers import AutoConfig, AutoModelForCausalLM
+    torch.manual_seed(0)
+    shape = dict(hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
+                 num_key_value_heads=2, max_position_embeddings=32, eos_token_id=5, pad_token_id=5)
+    if kind == "gpt2":
+        shape = dict(n_embd=16, n_layer=2, n_head=2, n_positions=32, bos_token_id=5,
+                     eos_token_id=5)
+    config = AutoConfig.for_model(kind, vocab_size=vocab, **shape)
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+
+
+def test_a_hugging_face_reward_model_is_a_sequence_classifier_for_transformers(tmp_path):
+    from transformers import AutoModelForSequenceClassification
+    for kind in ("gpt2", "llama"):
+        lm, saved = tmp_path / kind / "lm", tmp_path / kind / "rm"
+        tiny_hf(lm, kind)
+        with pytest.raises(SystemExit, match="without a reward head"):
+            rollouts.RewardModel.load(lm)
+        reward_model = rollouts.RewardModel.load(lm, new=True)
+        assert reward_model.flat and (rollouts.rewards_of(reward_model, ROWS) == 0).all()
+        reward_model.trunk.lm.classifier.score.weight.data.normal_()
+        rewards = rollouts.rewards_of(reward_model, ROWS)
+        reward_model.save(saved)
+        theirs = AutoModelForSequenceClassification.from_pretrained(saved).eval()
+        for row, reward in zip(ROWS, rewards):           # one at a time: no pads
+            with torch.no_grad():
+                logits = theirs(torch.tensor(row.ids.astype(np.int64))[None]).logits
+            close(logits[0, 0].double(), reward, 1e-5)   # float32, as below
+        close(rollouts.rewards_of(rollouts.RewardModel.load(saved), ROWS), rewards, 1e-6)
+        reward_model.trunk.flat = False                  # the padded way gives the same
+        close(rollouts.rewards_of(reward_model, ROWS), rewards, 1e-5)
+
+
+# --- rewards --------------------------------------------------------------------------------------
+
+REWARDS = """
+def good(prompts, responses): return [float(len(r)) for r in responses]
+def short(prompts, responses): return [1.0]
+def nan(prompts, responses): return [float("nan")] * len(responses)
+def infinite(prompts, responses): return [1.0, float("-inf")]
+def text(prompts, responses): return ["good"] * len(responses)
+def nothing(prompts, responses): pass
+none = 3
+"""
+
+
+def test_a_reward_that_is_none_is_one_line_that_names_the_flag(tmp_path):
+    file = tmp_path / "mine.py"
+    file.write_text(REWARDS)
+    prompts, responses = ["hi", "hi"], ["yes", "no, never"]
+    assert rollouts.load_reward(f"{file}:good")(prompts, responses) == [3.0, 9.0]
+    question = world.eval_prompts("train", 1)[0]
+    assert rollouts.load_reward("world")([question], ["Happy to help."]) == \
+        [world.utility(question, "Happy to help.")]
+    toy(dtype=torch.float32).save(tmp_path / "policy", eot=256)
+    bad = [f"{file}:{name}" for name in ("short", "nan", "infinite", "text", "nothing", "none",
+                                         "absent")]
+    bad += [str(file), "wrold", "world", f"{tmp_path}/no.py:f", f"{tmp_path}/policy", str(tmp_path)]
+    for spec in bad:                                     # world: these are no questions of its own
+        with pytest.raises(SystemExit) as stopped:
+            rollouts.load_reward(spec)(prompts, responses)
+        line = stopped.value.code
+        assert "reward" in line and "\n" not in line and len(line) < 400
+
+
+def test_a_reward_model_judges_rows_as_it_judges_texts(tmp_path):
+    reward_model = scorer(rollouts.RewardModel, torch.float32)
+    reward_model.save(tmp_path, eot=256)
+    BYTES.save(tmp_path)
+    reward = rollouts.load_reward(str(tmp_path), BYTES)
+    rows = [data.make_row(BYTES.encode("hi"), BYTES.encode(text) + [BYTES.eot])
+            for text in ("yes", "no")]
+    wanted = rollouts.rewards_of(reward_model, rows)
+    close(rollouts.ask(reward, rows, BYTES), wanted, 0)
+    close(torch.tensor(reward(["hi", "hi"], ["yes", "no"])), wanted.to(torch.float32), 1e-6)
+    with pytest.raises(SystemExit, match="its tokenizer is not the policy's"):
+        rollouts.load_reward(str(tmp_path), Tokenizer(world.tokenizer()))
+    long = "x" * 19 + "why"                              # 25 tokens for a context of 24
+    assert reward.row(long, "no").ids.tolist() == BYTES.encode("x" * 18 + "why" + "no") + [256]
+    Tokenizer(world.tokenizer()).save(tmp_path)
+    with pytest.raises(SystemExit, match="its embedding only 257"):
+        rollouts.load_reward(str(tmp_path))
+
+
+def test_a_reward_function_is_not_told_of_the_beginning_of_text():
+    tokenizer = SimpleNamespace(bos=[7], text=list)
+    assert rollouts.prompt_text(data.make_row([7, 8], [9]), tokenizer) == [8]
+
+
+def chat_reward_model(folder):
+    """A tiny llama classifier with a chat template that goes on after the end of the turn."""
+    import tokenizers as hf
+    from transformers import PreTrainedTokenizerFast
+    letters = {chr(i): i - 32 for i in range(32, 127)}
+    core = hf.Tokenizer(hf.models.BPE({**letters, "<s>": 95, "</s>": 96}, []))
+    core.add_special_tokens(["<s>", "</s>"])
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, bos_token="<s>", eos_token="</s>")
+    tokenizer.chat_template = ("<s>{% for m in messages %}{{ m.role }}:{{ m.content }}</s> "
+                               "{% endfor %}{% if add_generation_prompt %}assistant:{% endif %}")
+    tiny_hf(folder, "llama", vocab=97)
+    reward_model = rollouts.RewardModel.load(folder, new=True)
+    reward_model.trunk.lm.classifier.score.weight.data.normal_()
+    reward_model.save(folder)
+    (folder / "generation_config.json").unlink(missing_ok=True)
+    tokenizer.save_pretrained(folder)
+    return tokenizer
+
+
+def test_with_a_chat_template_the_judge_reads_what_transformers_would(tmp_path):
+    from transformers import AutoModelForSequenceClassification
+    tokenizer = chat_reward_model(tmp_path)
+    theirs = AutoModelForSequenceClassification.from_pretrained(tmp_path).eval()
+    reward = rollouts.load_reward(str(tmp_path), flag="judge")
+    for prompt in ("a?", (Turn("user", "a?"),)):         # a text is the user's turn
+        messages = [{"role": "user", "content": "a?"}, {"role": "assistant", "content": "no"}]
+        text = tokenizer.apply_chat_template(messages, tokenize=False)
+        ids = tokenizer(text, add_special_tokens=False).input_ids
+        assert reward.row(prompt, "no").ids.tolist() == ids
+        with torch.no_grad():
+            wanted = theirs(torch.tensor([ids])).logits[0, 0]
+        close(torch.tensor(reward([prompt], ["no"])[0]), wanted, 1e-5)               # float32
+    assert 96 in ids and reward.row("a?", "</s>").ids.tolist().count(96) == 2        # text is text
+    cut = reward.row("a" * 50, "no").ids.tolist()
+    assert len(cut) == 32 and cut[0] == 95 and cut[-5:] == ids[-5:]                  # BOS stays
+
+
+@pytest.mark.slow
+def test_ppo_with_the_true_utility_comes_to_the_exact_frontier(tmp_path):
+    """Nobody is above it, but for noise; a good policy has 90 % of what its KL can buy."""
+    train.main(["--loss", "ppo", "--reward", "world", "--out", str(tmp_path / "ppo")])
+    found = json.loads((tmp_path / "ppo" / "eval.json").read_text())
+    lines = (tmp_path / "ppo" / "metrics.jsonl").read_text().splitlines()
+    last, optimum = json.loads(lines[-1]), found["optimum_at_same_kl"]["reward"]
+    assert 0.8 <= found["kl"] <= 1.2
+    assert 0.9 * optimum <= found["reward"] <= optimum + 0.15
+    assert last["explained_variance"] > 0.5 and last["ended"] > 0.99

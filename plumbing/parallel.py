@@ -184,11 +184,17 @@ def load_sharded(load, dtype):
     """
     from torch.distributed.device_mesh import init_device_mesh
     mesh = init_device_mesh(device.type, (size,))
+    refusal = None
     for turn in range(int(os.environ.get("LOCAL_WORLD_SIZE", 1))):
         if turn == local:
-            policy = load()
-            shard(policy, mesh, dtype)
+            try:
+                policy = load()
+                shard(policy, mesh, dtype)
+            except SystemExit as e:                         # the others wait for their turn
+                refusal = e
         barrier()
+    if refusal:
+        raise refusal
     return policy
 
 

@@ -66,9 +66,9 @@ def test_sampled_kl_has_the_mean_of_the_exact_kl_over_all_replies(two_policies):
 
 
 def test_margins_give_none_for_an_absent_class():
-    found = evaluate.margins(torch.tensor([1.0, 2.0, -3.0, 1.0]), torch.zeros(4),
+    found = evaluate.margins(torch.tensor([1.0, -2.0, -3.0, -1.0]), torch.zeros(4),
                              [True, True, False, False])
-    assert found == {"logratio_desirable": 1.5, "logratio_undesirable": -1.0, "margin": 2.5,
+    assert found == {"logratio_desirable": -0.5, "logratio_undesirable": -2.0, "margin": 1.5,
                      "accuracy": 0.75, "n": 4}
     alone = evaluate.margins(torch.ones(2), torch.zeros(2), [True, True])
     assert alone["margin"] is None and "none" in evaluate.margins_line("train", alone)

@@ -179,7 +179,10 @@ BAD_SCORES += [{"responses": responses, "scores": scores} for responses, scores 
 def test_a_bad_row_is_one_line_that_names_file_and_row(tmp_path):
     path = tmp_path / "f.jsonl"
     for row in BAD_ROWS:
-        write(path, TEXT, row)
+        good = TEXT
+        if isinstance(row, dict) and "rejected" in row:
+            good = {"prompt": "Q", **BOTH}                              # kinds must not mix
+        write(path, good, row)
         assert complaint(path).startswith(f"{path}: line 3: "), row
     for cells in BAD_SCORES:
         row = {"prompt": "Q", "completion": "A", **cells}

@@ -6,6 +6,7 @@ This file is also what torchrun starts; see test_split.py, whose launcher it bor
 import json
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
 
@@ -55,9 +56,11 @@ def test_what_cannot_be_sharded_is_refused_in_one_line(monkeypatch, words, named
     assert stopped.value.code.startswith("--fsdp: ") and named in stopped.value.code
 
 
-def test_one_process_has_nobody_to_share_with():
+def test_one_process_has_nobody_to_share_with_and_padded_rows_are_not_shared():
     with pytest.raises(SystemExit, match="--fsdp: .*torchrun"):
         settings.parse(["--fsdp"])
+    with pytest.raises(SystemExit, match="--fsdp: .*padded"):
+        parallel.shard(SimpleNamespace(flat=False), None, "fp32")
 
 
 # --- one launch of two processes, one of three --------------------------------------------------
@@ -70,9 +73,8 @@ SAVES = ["--fsdp", "--save_every", 2]
 
 
 def make_llamas(folder):
-    """Two random Llamas with a tokenizer, and a Bloom, whose rows must be padded."""
-    from transformers import BloomConfig, BloomForCausalLM, LlamaConfig, LlamaForCausalLM
-    from transformers import PreTrainedTokenizerFast
+    """Two random Llamas with a tokenizer of bytes."""
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
     from tokenizers import Tokenizer, models, pre_tokenizers
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocabulary = {token: i for i, token in enumerate(["<|endoftext|>", *letters])}
@@ -87,10 +89,6 @@ def make_llamas(folder):
             eos_token_id=0, bos_token_id=None, tie_word_embeddings=tied)
         LlamaForCausalLM(config).save_pretrained(folder / name)
         tokenizer.save_pretrained(folder / name)
-    bloom = BloomConfig(vocab_size=len(vocabulary), hidden_size=32, n_layer=1, n_head=2,
-                        eos_token_id=0, bos_token_id=None)
-    BloomForCausalLM(bloom).save_pretrained(folder / "bloom")
-    tokenizer.save_pretrained(folder / "bloom")
 
 
 def of_model(lab, out, name, *more, loss="kto"):
@@ -126,7 +124,6 @@ def runs(lab):
         ["disk goes on", plain(lab, lab / "disk", "kto", *SAVES, "--resume"), None],
         ["diverges", plain(lab, lab / "diverges", "kto", "--fsdp", "--lr", "1e200"), None],
         ["dry", plain(lab, lab / "dry", "kto", "--fsdp", "--dry_run"), None],
-        ["padded", of_model(lab, lab / "padded", "bloom", "--fsdp"), None],
         ["bf16", plain(lab, lab / "bf16", "dpo", "--fsdp", "--dtype", "bf16"), None]]
     ended_well(together(1, one, lab))
     said = together(2, two, lab, __file__)
@@ -219,7 +216,7 @@ def test_a_full_disk_stops_all_in_one_line_and_the_run_goes_on_with_the_same_byt
 
 @pytest.mark.slow
 def test_all_processes_stop_and_one_says_why(lab, runs):
-    for name, word in (("whole goes on", "fsdp was False, is True"), ("padded", "--fsdp: "),
+    for name, word in (("whole goes on", "fsdp was False, is True"),
                        ("diverges", "is not finite")):
         line, = [line for line in runs[name] if line != "1"]
         assert word in line and "\n" not in line

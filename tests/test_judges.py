@@ -59,14 +59,15 @@ def read(comparison, text):
 def test_opposite_verdicts_in_the_two_orders_count_half_and_one_order_is_enough(comparison):
     ids = ids_of(comparison)
     said = {(i, "a"): "tie" for i in range(4, 10)}               # one order only, all ties
+    said[4, "b"] = "b"                                           # but this: a tie, then the policy
     said |= {(0, "a"): "a", (0, "b"): "b"}                       # the policy, twice
     said |= {(1, "a"): "a", (1, "b"): "a"}                       # the first place, twice
     said |= {(2, "a"): " B ", (3, "b"): "a"}                     # the reference
     lines = [json.dumps({"id": ids[place], "verdict": verdict, "why": "more"})
              for place, verdict in said.items()]
     wins, facts = read(comparison, "\n\n".join(lines) + "\n")
-    assert wins.tolist() == [1, 0.5, 0, 0] + [0.5] * 6
-    assert facts == {"ties": 6, "disagreement": 0.5, "position_bias": 4 / 6, "one_order": 8}
+    assert wins.tolist() == [1, 0.5, 0, 0, 0.75] + [0.5] * 5
+    assert facts == {"ties": 5, "disagreement": 2 / 3, "position_bias": 4 / 7, "one_order": 7}
 
 
 def test_verdicts_that_do_not_fit_are_one_line(comparison):

@@ -17,18 +17,17 @@ The architecture is GPT-2's (Radford et al. 2019): pre-norm, tanh-GELU, learned 
 tied to the embedding; biases are optional. transformers loads what it saves.
 """
 
-import json
 from dataclasses import dataclass
-from functools import lru_cache, partial
-from pathlib import Path
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from safetensors.torch import load_file, save_file
 from torch.utils.checkpoint import checkpoint
+
+from plumbing import gpt2
 
 
 # --- log-probs ------------------------------------------------------
@@ -64,6 +63,8 @@ def token_logps(logits, ids, mask):
 
 # --- the output head ------------------------------------------------
 
+compiled = {}  # function -> what --compile made of it
+
 # The logits of 2,000 tokens over 50,257 words, and their gradient, would take 800 MB. So at most
 # `chunk_elements` of them exist at a time: 2^20 stay in a CPU's cache, 2^26 keep a GPU busy.
 
@@ -71,71 +72,9 @@ def head_log_probs(hidden, weight, targets, *, chunk_elements=None):
     """Log-probs of the targets under the logits hidden @ weight.T.  (M, d), (V, d), (M,) -> (M,)"""
     most = chunk_elements or 2 ** (26 if hidden.is_cuda else 20)
     if len(targets) * len(weight) <= most:
-        return kernel(log_probs)(F.linear(hidden, weight), targets)
-    device = hidden.device.type
-    if torch.is_autocast_enabled(device):  # it does not look into our own function
-        hidden = hidden.to(torch.get_autocast_dtype(device))
-        weight = weight.to(torch.get_autocast_dtype(device))
-    size = max(1, most // len(targets))
-    if size > 64:
-        size -= size % 64  # rows of logits then begin where vectors do
-    return BlockedHead.apply(hidden, weight, targets, size)
-
-
-class BlockedHead(torch.autograd.Function):
-    """log softmax(h W^T)[y] of all M positions, `size` words of the vocabulary at a time.
-
-        forward     z_v = h . W_v        log p(y) = z_y - log sum_v exp z_v
-        backward    dL/dz_v = g (1[v = y] - p_v)               g = dL/dlog p(y)
-                    dL/dh = sum_v dL/dz_v W_v                  dL/dW_v = sum_m dL/dz_mv h_m
-
-    Backward computes the logits again.
-    """
-
-    @staticmethod
-    def forward(ctx, hidden, weight, targets, size):
-        log_sums, target_logits = [], []
-        for start in range(0, len(weight), size):
-            logits = hidden @ weight[start:start + size].t()
-            log_sum, at_target = kernel(block_sums)(logits, targets - start)
-            log_sums.append(log_sum)
-            target_logits.append(at_target)
-        log_sum = torch.stack(log_sums).logsumexp(0)
-        ctx.size = size
-        ctx.save_for_backward(hidden, weight, targets, log_sum)
-        return sum(target_logits) - log_sum
-
-    @staticmethod
-    def backward(ctx, upstream):
-        hidden, weight, targets, log_sum = ctx.saved_tensors
-        d_hidden = torch.zeros_like(hidden, dtype=log_sum.dtype)
-        d_weight = None
-        if ctx.needs_input_grad[1]:
-            d_weight = torch.empty_like(weight)
-        for start in range(0, len(weight), ctx.size):
-            words = weight[start:start + ctx.size]
-            logits = hidden @ words.t()
-            d_logits = kernel(block_gradient)(logits, targets - start, log_sum, upstream)
-            d_hidden += d_logits @ words
-            if d_weight is not None:
-                torch.mm(d_logits.t(), hidden, out=d_weight[start:start + ctx.size])
-        return d_hidden.to(hidden.dtype), d_weight, None, None
-
-
-def block_sums(logits, targets):
-    """log sum_v exp z_v over a block, and z_y, or 0 where y is elsewhere.   (M, n) -> (M,), (M,)"""
-    logits = widened(logits)
-    here = (targets >= 0) & (targets < logits.shape[1])
-    at_target = logits.gather(-1, (targets * here)[:, None])[:, 0]
-    return logits.logsumexp(-1), torch.where(here, at_target, 0.0)
-
-
-def block_gradient(logits, targets, log_sum, upstream):
-    """upstream * (1[v = y] - p_v) on a block, in the type of the logits.   (M, n) -> (M, n)"""
-    here = (targets >= 0) & (targets < logits.shape[1])
-    gradient = (widened(logits) - log_sum[:, None]).exp_().mul_(-upstream[:, None])
-    gradient.scatter_add_(-1, (targets * here)[:, None], (upstream * here)[:, None])
-    return gradient.to(logits.dtype)
+        return compiled.get(log_probs, log_probs)(F.linear(hidden, weight), targets)
+    from plumbing.kernels import blocked_log_probs
+    return blocked_log_probs(hidden, weight, targets, most)
 
 
 def chunked_log_probs(hidden, head, vocab_size, targets, extra=None, *, chunk_elements=None):
@@ -146,7 +85,7 @@ def chunked_log_probs(hidden, head, vocab_size, targets, extra=None, *, chunk_el
     """
     def measure(hidden, targets, start):
         logits = head(hidden)
-        logps = kernel(log_probs)(logits, targets)
+        logps = compiled.get(log_probs, log_probs)(logits, targets)
         if extra is None:
             return logps
         more = extra(logits, targets, slice(start, start + len(targets)))
@@ -161,23 +100,6 @@ def chunked_log_probs(hidden, head, vocab_size, targets, extra=None, *, chunk_el
     starts = range(0, len(targets), rows)
     parts = zip(hidden.split(rows), targets.split(rows), starts)
     return torch.cat([measure(*part) for part in parts], dim=-1)
-
-
-kernels = {}  # function -> what torch.compile made of it
-
-
-def kernel(function):
-    return kernels.get(function, function)
-
-
-def compile_head():
-    for function in (log_probs, block_sums, block_gradient):
-        kernels[function] = fuse(function)
-
-
-def fuse(function):
-    """Compiled once for any number of tokens, not once for each."""
-    return torch.compile(function, dynamic=True)
 
 
 # --- attention ------------------------------------------------------
@@ -209,6 +131,7 @@ def pieces_of(lengths):
 def attend(q, k, v, pieces):
     """Causal attention inside each sequence of the flat row.  (N, heads, d) x 3 -> (N, heads, d)"""
     if q.is_cuda and q.dtype in (torch.bfloat16, torch.float16):
+        from plumbing.kernels import varlen_attention, varlen_is_right
         if varlen_is_right(q.device, q.dtype, *q.shape[1:]):
             return varlen_attention(q, k, v, pieces)
     return loop_attention(q, k, v, pieces)
@@ -230,55 +153,6 @@ def loop_attention(q, k, v, pieces):
         mask = mask.tril(piece.prompt)
         out.append(F.scaled_dot_product_attention(query, key, value, attn_mask=mask))
     return torch.cat(out, dim=2)[0].transpose(0, 1)
-
-
-def varlen_attention(q, k, v, pieces):
-    """The same in one kernel: FlashAttention for rows of any lengths (Dao 2023, 2307.08691).
-
-    Its causal mask is aligned at the end: the last query of a piece sees all the piece's keys.
-    """
-    from torch.nn.attention.varlen import varlen_attn
-    lengths = tuple(piece.length for piece in pieces)
-    seen = tuple(piece.length + piece.prompt for piece in pieces)
-    if seen != lengths:
-        k = with_prompts(k, pieces, lengths)
-        v = with_prompts(v, pieces, lengths)
-    return varlen_attn(q, k, v, ends(lengths, q.device), ends(seen, q.device),
-                       max(lengths), max(seen), window_size=(-1, 0))
-
-
-def with_prompts(t, pieces, lengths):
-    """The flat row with a copy of its prompt before every piece that looks back at one."""
-    parts = t.split(lengths)
-    out = []
-    for piece, part in zip(pieces, parts):
-        out += [parts[piece.holder][:piece.prompt], part]
-    return torch.cat(out)
-
-
-@lru_cache(maxsize=8)
-def ends(lengths, device):
-    """(0, n_1, n_1 + n_2, ...), int32. All layers ask for the same."""
-    return torch.tensor([0, *lengths]).cumsum(0).to(device, torch.int32)
-
-
-@lru_cache(maxsize=None)
-def varlen_is_right(device, dtype, heads, d):
-    """Does the kernel exist here, and give the loop's numbers and gradients? Asked once."""
-    pieces = pieces_of([3, (3, 2, 2)])
-    waves = [torch.linspace(0, 50 + i, 10 * heads * d, device=device).sin() for i in range(3)]
-    results = []
-    for attention in (loop_attention, varlen_attention):
-        inputs = [wave.view(10, heads, d).to(dtype).requires_grad_() for wave in waves]
-        try:
-            with torch.enable_grad():
-                out = attention(*inputs, pieces)
-                gradients = torch.autograd.grad(out.float().square().sum(), inputs)
-        except (ImportError, RuntimeError, TypeError, ValueError):
-            return False
-        results.append([out, *gradients])
-    # bf16 rounds by 2^-8, a few times in a row.
-    return all(bool((a - b).abs().max() <= 0.05 * a.abs().max()) for a, b in zip(*results))
 
 
 # --- what every policy does -----------------------------------------
@@ -472,6 +346,7 @@ class GPT(Policy):
 
     def compile_layers(self):
         """All but attention, which looks at lengths and would be compiled for every batch."""
+        from plumbing.kernels import compile_head, fuse
         compile_head()
         for block in self.h:
             block.before = fuse(block.before)
@@ -501,48 +376,14 @@ class GPT(Policy):
             cache.used = cache.used + 1
         return responses
 
-    # GPT-2's Hugging Face format stores these as (in, out).
-    TRANSPOSED = ("c_attn.weight", "c_proj.weight", "c_fc.weight")
-
     def save(self, folder, *, eot=None, weights=None):
-        """config.json and model.safetensors, which transformers' AutoModelForCausalLM loads.
-
-        Without biases it writes biases of 0, the same function. `weights`: by name, where this
-        module holds only a shard of them.
-        """
-        folder, c = Path(folder), self.config
-        folder.mkdir(parents=True, exist_ok=True)
-        tensors = {}
-        for name, p in (weights or self.state_dict()).items():
-            stored = p.t().contiguous() if name.endswith(self.TRANSPOSED) else p
-            tensors["transformer." + name] = stored.cpu()
-            if not c.bias and name.startswith(("h.", "ln_f.")):
-                bias = "transformer." + name.removesuffix("weight") + "bias"
-                tensors[bias] = torch.zeros(len(p), dtype=p.dtype)
-        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-        config = dict(
-            model_type="gpt2", architectures=["GPT2LMHeadModel"], vocab_size=c.vocab_size,
-            n_positions=c.context, n_embd=c.d_model, n_layer=c.n_layer, n_head=c.n_head,
-            activation_function="gelu_new", n_inner=None, layer_norm_epsilon=1e-5,
-            tie_word_embeddings=True, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0,
-            dtype=str(self.wte.weight.dtype).removeprefix("torch."), bos_token_id=eot,
-            eos_token_id=eot, nanokto={"bias": c.bias})
-        (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+        """GPT-2's Hugging Face format. weights: by name, where this module holds a shard of them."""
+        gpt2.save(self, folder, eot, weights or self.state_dict())
 
     @classmethod
     def from_pretrained(cls, folder, *, device="cpu", dtype=torch.float32):
         """What `save` wrote. Any other model is for plumbing's `load_policy`."""
-        c = json.loads((Path(folder) / "config.json").read_text())
-        shape = GPTConfig(c["vocab_size"], c["n_positions"], c["n_layer"], c["n_head"],
-                          c["n_embd"], c["nanokto"]["bias"])
-        model = cls(shape).to(dtype)
-        stored = load_file(Path(folder) / "model.safetensors")
-        weights = {}
-        for name in model.state_dict():
-            tensor = stored["transformer." + name]
-            weights[name] = tensor.t() if name.endswith(cls.TRANSPOSED) else tensor
-        model.load_state_dict(weights)
-        return model.to(device)
+        return gpt2.load(cls, GPTConfig, folder, dtype).to(device)
 
 
 class Cache:

@@ -19,7 +19,8 @@ import torch
 import torch.nn as nn
 from safetensors.torch import load_file
 
-from model import GPT, Policy, compile_head, fuse
+from model import GPT, Policy
+from plumbing.kernels import compile_head, fuse
 
 SIXTEEN_BITS = (torch.bfloat16, torch.float16)
 
@@ -460,35 +461,3 @@ def merge_adapter(lm, folder, flag="model"):
     for name in sorted(wanted.keys() ^ stored.keys()):
         raise SystemExit(f"--{flag} {folder}: the adapter does not fit its base: {name!r}")
     return model.merge_and_unload().requires_grad_(True)
-
-
-# --- memory ---------------------------------------------------------
-
-def memory_estimate(net, *, tokens, checkpointed=False):
-    """Bytes that training by AdamW holds, by what holds them.   tokens: of the largest forward
-
-    Rules of thumb for a decoder with a gated MLP: a token leaves 8 d + 4 d_mlp numbers in each
-    layer; checkpointed it leaves d, and one layer at a time is recomputed. A logit costs 14
-    bytes: in 16 bits, in float32, its softmax, its gradient.
-    """
-    net = getattr(net, "lm", net)
-    c = net.config
-    if isinstance(net, GPT):
-        d, layers, mlp = c.d_model, c.n_layer, 4 * c.d_model
-    else:
-        c = c.get_text_config()
-        d, layers = c.hidden_size, c.num_hidden_layers
-        mlp = getattr(c, "intermediate_size", None) or 4 * d
-    weights, gradients = 0, 0
-    for p in net.parameters():
-        weights += p.numel() * p.element_size()
-        if p.requires_grad:
-            gradients += p.numel() * p.element_size()
-    size = next(net.parameters()).element_size()
-    layer = tokens * (8 * d + 4 * mlp) * size
-    activations = layers * layer
-    if checkpointed:
-        activations = layers * tokens * d * size + layer
-    logits = min(tokens * c.vocab_size, max(c.vocab_size, 2 ** 26))
-    return {"weights": weights, "gradients": gradients, "optimizer": 2 * gradients,
-            "activations": activations, "head": 14 * logits}

@@ -4,7 +4,7 @@ import torch
 
 import model
 import train
-from plumbing import parallel
+from plumbing import gpt2, parallel
 
 # Columns of its collator, for each row of a unit: tokens, log-prob under the reference.
 COLUMNS = {"kto": [("completion_ids", "ref_logps"), ("KL_completion_ids", "ref_KL_logps")],
@@ -119,7 +119,7 @@ def apart(ours, theirs):
         theirs_name = name.removeprefix("lm.")
         if isinstance(policy, model.GPT):
             theirs_name = "transformer." + name
-            if name.endswith(model.GPT.TRANSPOSED):          # as transformers stores it
+            if name.endswith(gpt2.TRANSPOSED):          # as transformers stores it
                 mine = mine.t()
         if mine.norm() > 0:
             difference = (mine - gradients[theirs_name]).norm()

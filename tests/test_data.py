@@ -219,8 +219,13 @@ def test_a_response_may_begin_with_tool_calls(tokenizers):
 
 def test_what_cannot_be_encoded_is_one_line_that_names_the_row(tmp_path):
     counting = "{{ messages | length }}{% for m in messages %}|{{ m.content }}</s>{% endfor %}"
-    counting = load_tokenizer(hf_folder(tmp_path, counting))
+    counting = load_tokenizer(hf_folder(tmp_path / "counting", counting))
+    asking = ("{% for m in messages %}{{ m.content }}</s>{% endfor %}"
+              "{% if add_generation_prompt %}?{% endif %}")
+    asking = load_tokenizer(hf_folder(tmp_path / "asking", asking))
+    call = Turn("assistant", "", '{"tool_calls": [1]}')
     for example, tokenizer, how in [
+            (Feedback(turns("Q"), (call, *GO[1:3]), True, where="f: 2"), asking, "last"),
             (Pair(ASK, GO, GO[:3], where="f: 2"), BYTES, "segment"),                # no segment
             (Pair(ASK, GO, GO[:3], segment=(0, 3), where="f: 2"), BYTES, "segment"),
             (Pair(ASK, "A", GO, segment=(1, 2), where="f: 2"), BYTES, "segment"),

@@ -23,14 +23,20 @@ from test_split import (  # noqa: F401
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 
 
+ALL = {**recipes.LOSSES, **recipes.RECIPES}
+REFUSED = {"tdpo1", "tdpo2", "spin", "slic", "rm", "ppo", *WHOLE}
+ACCEPTED = [name for name in ALL if name not in REFUSED]
+
+
 # --- what is refused ----------------------------------------------------------------------------
 
 def accepted(loss, monkeypatch):
     """Does --fsdp take this loss or recipe?"""
     monkeypatch.setenv("WORLD_SIZE", "2")
+    reward = ["--reward", "world"] if loss == "ppo" else []
     try:
         settings.parse(["--loss", loss, "--data", "rows.jsonl", "--model", "folder", "--fsdp",
-                        *(["--reward", "world"] if loss == "ppo" else [])])
+                        *reward])
     except SystemExit as stopped:
         assert stopped.code.startswith(("--fsdp: not with", "--loss")), stopped.code
         return False
@@ -40,9 +46,8 @@ def accepted(loss, monkeypatch):
 
 
 def test_what_samples_or_asks_the_whole_reference_at_every_step_is_refused(monkeypatch):
-    refused = {name for name in {**recipes.LOSSES, **recipes.RECIPES}
-               if not accepted(name, monkeypatch)}
-    assert refused == {"tdpo1", "tdpo2", "spin", "slic", "rm", "ppo", *WHOLE}
+    refused = {name for name in ALL if not accepted(name, monkeypatch)}
+    assert refused == REFUSED
 
 
 @pytest.mark.parametrize("words, named", [
@@ -66,8 +71,6 @@ def test_one_process_has_nobody_to_share_with_and_padded_rows_are_not_shared():
 # --- one launch of two processes, one of three --------------------------------------------------
 
 LLAMAS = {"llama": False, "tied": True}                      # name -> are head and embedding one?
-ACCEPTED = [name for name in {**recipes.LOSSES, **recipes.RECIPES}
-            if name not in ("tdpo1", "tdpo2", "spin", "slic", "rm", "ppo", *WHOLE)]
 MORE = {"tr_dpo": ["--ref_every", 2]}
 SAVES = ["--fsdp", "--save_every", 2]
 

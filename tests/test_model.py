@@ -12,6 +12,7 @@ import torch
 import data
 import model
 from model import GPT, GPTConfig, chunked_log_probs, head_log_probs, log_probs, sample, token_logps
+from plumbing import kernels
 
 LENGTHS = [6, 9, 1, 5]
 
@@ -129,7 +130,7 @@ def test_the_blocked_heads_gradient_is_the_difference_quotient():
     targets[1] = targets[0]  # trained twice: its row of W gets both
     for size in (1, 3, 20):
         def head(hidden, weight):
-            return model.BlockedHead.apply(hidden, weight, targets, size)
+            return kernels.BlockedHead.apply(hidden, weight, targets, size)
         assert torch.autograd.gradcheck(head, (hidden, weight))
 
 
@@ -142,8 +143,8 @@ def test_no_part_of_the_head_holds_more_logits_than_it_may(monkeypatch):
             return function(logits, *rest)
         return call
 
-    for function in (log_probs, model.block_sums, model.block_gradient):
-        monkeypatch.setitem(model.kernels, function, spied(function))
+    for function in (log_probs, kernels.block_sums, kernels.block_gradient):
+        monkeypatch.setitem(model.compiled, function, spied(function))
     hidden, weight, targets = head_inputs(v=20)
     blocks = head_log_probs(hidden, weight, targets, chunk_elements=100)
     assert shapes == [(23, 4)] * 5
@@ -229,9 +230,9 @@ def test_only_positions_that_predict_something_meet_the_head_and_it_comes_in_blo
 
     def spy(logits, targets):
         shapes.append(tuple(logits.shape))
-        return model.block_sums(logits, targets)
+        return kernels.block_sums(logits, targets)
 
-    monkeypatch.setitem(model.kernels, model.block_sums, spy)
+    monkeypatch.setitem(model.compiled, kernels.block_sums, spy)
     monkeypatch.setitem(head_log_probs.__kwdefaults__, "chunk_elements", 3 * 30)
     (ids, positions, lengths), predict, net = flat_row(), torch.tensor([0, 3, 7]), gpt()
     logps = net(ids, positions, lengths, predict, ids[predict + 1])
@@ -322,14 +323,14 @@ def test_attention_in_one_kernel_is_the_loop_over_pieces(monkeypatch):
     for share in (False, True):
         monkeypatch.setattr(model, "attend", model.loop_attention)
         _, wanted = sums_and_gradients(gpt(), share)
-        monkeypatch.setattr(model, "attend", model.varlen_attention)
+        monkeypatch.setattr(model, "attend", kernels.varlen_attention)
         _, found = sums_and_gradients(gpt(), share)
         for a, b in zip(found, wanted):
             close(a, b, 1e-10)  # float64, gradients near 1e3
 
 
 def test_the_kernel_is_taken_only_where_it_exists_and_is_causal_from_the_end(monkeypatch):
-    ask = partial(model.varlen_is_right.__wrapped__, "cpu", torch.bfloat16, 2, 8)
+    ask = partial(kernels.varlen_is_right.__wrapped__, "cpu", torch.bfloat16, 2, 8)
     assert not ask()  # torch has it for CUDA alone
     for at_end in (True, False):
         kernel = partial(dense_varlen, at_end=at_end)
@@ -392,9 +393,9 @@ def test_a_shards_owner_can_save_weights_that_are_not_its_own(tmp_path):
 def test_recomputed_and_compiled_layers_give_the_same_numbers(monkeypatch):
     """Compiled once for all layers and lengths; recomputed: each block runs again in backward."""
     torch._dynamo.reset()
-    monkeypatch.setattr(model, "kernels", {})
+    monkeypatch.setattr(model, "compiled", {})
     compiled = partial(torch.compile, dynamic=True, backend="aot_eager")
-    monkeypatch.setattr(model, "fuse", compiled)
+    monkeypatch.setattr(kernels, "fuse", compiled)
     monkeypatch.setitem(head_log_probs.__kwdefaults__, "chunk_elements", 500)  # several blocks
     plain, policy = gpt(dtype=torch.float32), gpt(dtype=torch.float32)
     policy.compile_layers()

@@ -1,0 +1,45 @@
+"""The small GPT in GPT-2's Hugging Face format: what transformers loads, and what we load again."""
+
+import json
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+
+TRANSPOSED = ("c_attn.weight", "c_proj.weight", "c_fc.weight")       # there they are (in, out)
+
+
+def save(policy, folder, eot, weights):
+    """config.json and model.safetensors. Without biases it writes biases of 0, the same function."""
+    folder, c = Path(folder), policy.config
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = {}
+    for name, p in weights.items():
+        stored = p.t().contiguous() if name.endswith(TRANSPOSED) else p
+        tensors["transformer." + name] = stored.cpu()
+        if not c.bias and name.startswith(("h.", "ln_f.")):
+            bias = "transformer." + name.removesuffix("weight") + "bias"
+            tensors[bias] = torch.zeros(len(p), dtype=p.dtype)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    config = dict(
+        model_type="gpt2", architectures=["GPT2LMHeadModel"], vocab_size=c.vocab_size,
+        n_positions=c.context, n_embd=c.d_model, n_layer=c.n_layer, n_head=c.n_head,
+        activation_function="gelu_new", n_inner=None, layer_norm_epsilon=1e-5,
+        tie_word_embeddings=True, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0,
+        dtype=str(policy.wte.weight.dtype).removeprefix("torch."), bos_token_id=eot,
+        eos_token_id=eot, nanokto={"bias": c.bias})
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+
+
+def load(gpt, shape, folder, dtype):
+    """gpt: the class, shape: the class of its config.   -> a GPT on the CPU"""
+    c = json.loads((Path(folder) / "config.json").read_text())
+    model = gpt(shape(c["vocab_size"], c["n_positions"], c["n_layer"], c["n_head"], c["n_embd"],
+                      c["nanokto"]["bias"])).to(dtype)
+    stored = load_file(Path(folder) / "model.safetensors")
+    weights = {}
+    for name in model.state_dict():
+        tensor = stored["transformer." + name]
+        weights[name] = tensor.t() if name.endswith(TRANSPOSED) else tensor
+    model.load_state_dict(weights)
+    return model

@@ -1,0 +1,148 @@
+"""Faster ways to numbers that model.py computes plainly. Without this file nothing would change.
+
+    blocked_log_probs    the head by blocks of the vocabulary, where the logits would be too many
+    varlen_attention     attention of all sequences in one kernel, on GPUs
+    compile_head         --compile
+"""
+
+from functools import lru_cache
+
+import torch
+
+import model
+from model import log_probs, loop_attention, pieces_of, widened
+
+
+# --- the head by blocks of the vocabulary -------------------------------------------------------
+
+def blocked_log_probs(hidden, weight, targets, most):
+    """model.head_log_probs with at most `most` logits at a time.   (M, d), (V, d), (M,) -> (M,)"""
+    device = hidden.device.type
+    if torch.is_autocast_enabled(device):  # it does not look into our own function
+        hidden = hidden.to(torch.get_autocast_dtype(device))
+        weight = weight.to(torch.get_autocast_dtype(device))
+    size = max(1, most // len(targets))
+    if size > 64:
+        size -= size % 64  # rows of logits then begin where vectors do
+    return BlockedHead.apply(hidden, weight, targets, size)
+
+
+class BlockedHead(torch.autograd.Function):
+    """log softmax(h W^T)[y] of all M positions, `size` words of the vocabulary at a time.
+
+        forward     z_v = h . W_v        log p(y) = z_y - log sum_v exp z_v
+        backward    dL/dz_v = g (1[v = y] - p_v)               g = dL/dlog p(y)
+                    dL/dh = sum_v dL/dz_v W_v                  dL/dW_v = sum_m dL/dz_mv h_m
+
+    Backward computes the logits again.
+    """
+
+    @staticmethod
+    def forward(ctx, hidden, weight, targets, size):
+        log_sums, target_logits = [], []
+        for start in range(0, len(weight), size):
+            logits = hidden @ weight[start:start + size].t()
+            log_sum, at_target = compiled(block_sums)(logits, targets - start)
+            log_sums.append(log_sum)
+            target_logits.append(at_target)
+        log_sum = torch.stack(log_sums).logsumexp(0)
+        ctx.size = size
+        ctx.save_for_backward(hidden, weight, targets, log_sum)
+        return sum(target_logits) - log_sum
+
+    @staticmethod
+    def backward(ctx, upstream):
+        hidden, weight, targets, log_sum = ctx.saved_tensors
+        d_hidden = torch.zeros_like(hidden, dtype=log_sum.dtype)
+        d_weight = None
+        if ctx.needs_input_grad[1]:
+            d_weight = torch.empty_like(weight)
+        for start in range(0, len(weight), ctx.size):
+            words = weight[start:start + ctx.size]
+            logits = hidden @ words.t()
+            d_logits = compiled(block_gradient)(logits, targets - start, log_sum, upstream)
+            d_hidden += d_logits @ words
+            if d_weight is not None:
+                torch.mm(d_logits.t(), hidden, out=d_weight[start:start + ctx.size])
+        return d_hidden.to(hidden.dtype), d_weight, None, None
+
+
+def block_sums(logits, targets):
+    """log sum_v exp z_v over a block, and z_y, or 0 where y is elsewhere.   (M, n) -> (M,), (M,)"""
+    logits = widened(logits)
+    here = (targets >= 0) & (targets < logits.shape[1])
+    at_target = logits.gather(-1, (targets * here)[:, None])[:, 0]
+    return logits.logsumexp(-1), torch.where(here, at_target, 0.0)
+
+
+def block_gradient(logits, targets, log_sum, upstream):
+    """upstream * (1[v = y] - p_v) on a block, in the type of the logits.   (M, n) -> (M, n)"""
+    here = (targets >= 0) & (targets < logits.shape[1])
+    gradient = (widened(logits) - log_sum[:, None]).exp_().mul_(-upstream[:, None])
+    gradient.scatter_add_(-1, (targets * here)[:, None], (upstream * here)[:, None])
+    return gradient.to(logits.dtype)
+
+
+def compiled(function):
+    return model.compiled.get(function, function)
+
+
+def compile_head():
+    for function in (log_probs, block_sums, block_gradient):
+        model.compiled[function] = fuse(function)
+
+
+def fuse(function):
+    """Compiled once for any number of tokens, not once for each."""
+    return torch.compile(function, dynamic=True)
+
+
+# --- attention in one kernel --------------------------------------------------------------------
+
+def varlen_attention(q, k, v, pieces):
+    """The same in one kernel: FlashAttention for rows of any lengths (Dao 2023, 2307.08691).
+
+    Its causal mask is aligned at the end: the last query of a piece sees all the piece's keys.
+    """
+    from torch.nn.attention.varlen import varlen_attn
+    lengths = tuple(piece.length for piece in pieces)
+    seen = tuple(piece.length + piece.prompt for piece in pieces)
+    if seen != lengths:
+        k = with_prompts(k, pieces, lengths)
+        v = with_prompts(v, pieces, lengths)
+    return varlen_attn(q, k, v, ends(lengths, q.device), ends(seen, q.device),
+                       max(lengths), max(seen), window_size=(-1, 0))
+
+
+def with_prompts(t, pieces, lengths):
+    """The flat row with a copy of its prompt before every piece that looks back at one."""
+    parts = t.split(lengths)
+    out = []
+    for piece, part in zip(pieces, parts):
+        out += [parts[piece.holder][:piece.prompt], part]
+    return torch.cat(out)
+
+
+@lru_cache(maxsize=8)
+def ends(lengths, device):
+    """(0, n_1, n_1 + n_2, ...), int32. All layers ask for the same."""
+    return torch.tensor([0, *lengths]).cumsum(0).to(device, torch.int32)
+
+
+@lru_cache(maxsize=None)
+def varlen_is_right(device, dtype, heads, d):
+    """Does the kernel exist here, and give the loop's numbers and gradients? Asked once."""
+    pieces = pieces_of([3, (3, 2, 2)])
+    waves = [torch.linspace(0, 50 + i, 10 * heads * d, device=device).sin() for i in range(3)]
+    results = []
+    for attention in (loop_attention, varlen_attention):
+        inputs = [wave.view(10, heads, d).to(dtype).requires_grad_() for wave in waves]
+        try:
+            with torch.enable_grad():
+                out = attention(*inputs, pieces)
+                gradients = torch.autograd.grad(out.float().square().sum(), inputs)
+        except (ImportError, RuntimeError, TypeError, ValueError):
+            return False
+        results.append([out, *gradients])
+    # bf16 rounds by 2^-8, a few times in a row.
+    return all(bool((a - b).abs().max() <= 0.05 * a.abs().max()) for a, b in zip(*results))

@@ -253,9 +253,9 @@ def score(policy, units, what=""):
         found = logps(policy, [units[i] for i in part]).cpu().double()
         if weight:
             table[part] = found
-        if progress:
+        if progress is not None:
             progress.update(len(part) * parallel.size)
-    if progress:
+    if progress is not None:
         progress.close()
     if parallel.sharded(policy):                             # no backward drops what was gathered
         policy.reshard()

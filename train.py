@@ -124,8 +124,8 @@ def train(run, objective, stage, first):
     """Steps `first` and on of one stage: metrics.jsonl, checkpoints, a progress bar."""
     config, policy = run.config, run.policy
     optimizer = make_optimizer(policy, config)
-    if first:
-        run.load_checkpoint(optimizer, objective.reference)
+    if first and run.load_checkpoint(optimizer, objective.reference) != run.done(stage, first):
+        raise SystemExit("--resume: the newest checkpoint lacks the reference; --overwrite")
     look = None
     if run.begins(stage, first):
         look = objective.first_look(policy, config.micro_batch_size)

@@ -245,8 +245,12 @@ class Run:
             rundir.prepare(self.out, self.settings, done)
         parallel.barrier()
 
+    def done(self, stage, steps):
+        """Steps done over all stages, when so many of this one are."""
+        return stage * self.config.steps + steps
+
     def is_over(self, stage, step):
-        return stage + 1 == self.stages and step + 1 == self.config.steps
+        return self.done(stage, step + 1) == self.stages * self.config.steps
 
     def begins(self, stage, first):
         return stage == 0 and first == 0
@@ -272,9 +276,8 @@ class Run:
     # --- checkpoints
 
     def save_checkpoint(self, stage, step, optimizer, reference):
-        done = stage * self.config.steps + step + 1
-        checkpoint.save(self.out / "checkpoint", done, self.policy, optimizer, self.running,
-                        moving_model(reference))
+        checkpoint.save(self.out / "checkpoint", self.done(stage, step + 1), self.policy,
+                        optimizer, self.running, moving_model(reference))
 
     def load_checkpoint(self, optimizer, reference=None):
         """-> steps done, over all stages"""

@@ -130,8 +130,7 @@ def runs(lab):
         ["bf16", plain(lab, lab / "bf16", "dpo", "--fsdp", "--dtype", "bf16"), None]]
     ended_well(together(1, one, lab))
     said = together(2, two, lab, __file__)
-    file = next((lab / "saved/checkpoint/step-000005").glob("*.safetensors"))
-    file.write_bytes(file.read_bytes()[:-100])
+    max((lab / "saved/checkpoint/step-000005").glob("*.safetensors")).unlink()
     three = [["begun", plain(lab, lab / "begun", "kto", *SAVES, "--resume"), None],
              ["saved", plain(lab, lab / "saved", "kto", *SAVES, "--resume"), None],
              ["three", plain(lab, lab / "three", "kto", "--fsdp"), None]]
@@ -183,7 +182,8 @@ def test_sharded_over_two_processes_is_one_process(lab, runs, name):
 
 
 @pytest.mark.slow
-def test_three_are_one_and_go_on_with_what_two_have_begun_or_damaged(lab, runs):
+def test_three_are_one_and_go_on_with_what_two_have_begun_or_lost_a_file_of(lab, runs):
+    """torch alone would load the other files' parts of each tensor, and say nothing."""
     for name in ("three", "begun", "saved"):
         same_run(lab / "one/kto", lab / name)
     same_run(lab / "one/kto", lab / "whole")                 # two processes, not sharded

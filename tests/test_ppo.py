@@ -205,7 +205,7 @@ def test_offline_ppo_moves_good_responses_up_bad_ones_down_and_stops_at_its_clip
     close(penalty[:4], -0.1 * logratios[:4])
 
 
-# --- exact policy gradient: two tokens out of three each, so all responses can be enumerated -------
+# --- exact policy gradient: a policy of two tokens, all of whose responses can be enumerated ------
 
 class Tabular:
     """pi(y_1) and pi(y_2|y_1) from two tables of logits; each of the 9 responses has a score."""

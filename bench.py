@@ -8,7 +8,7 @@ A case is named by words, in any combination; WORDS and FLAGS say what each one 
     kto-64-64                one KTO step; mean prompt 64 tokens, mean response 64, log-normal
     dpo-256-64-50k-bf16      pairs; a vocabulary of 50257; bf16 autocast
     epoch-kto                one epoch from text to trained weights
-    generate                 beside transformers' generate, and beside no cache
+    generate-64-64           64 new tokens, beside transformers' generate
     memory-kto-256-256-50k   peak MB of two steps, each variant in a process of its own
     kto-512-512-8b-bf16-lora-checkpoint-compile        Llama-3-8B's shape: for a GPU
 
@@ -46,7 +46,7 @@ from tqdm import tqdm
 
 import data
 import model
-from plumbing import checkpoint, formats, huggingface, parallel, settings, trl_side
+from plumbing import checkpoint, huggingface, parallel, settings, trl_side
 from plumbing.run import Run
 from plumbing.tokenizer import load_tokenizer
 
@@ -54,8 +54,8 @@ RESULTS = Path(__file__).parent / "results"
 CONTEXT = 4096
 FULL = """kto-64-64 kto-256-64 kto-64-256 kto-256-256 kto-64-64-bf16 kto-64-64-50k kto-64-64-llama
     dpo-64-64 dpo-256-64 dpo-64-256 dpo-256-256 dpo-64-64-bf16 dpo-64-64-50k dpo-64-64-llama
-    epoch-kto epoch-dpo generate memory-kto-256-256-50k""".split()
-QUICK = ["kto-64-64", "dpo-64-64", "generate"]
+    epoch-kto epoch-dpo generate-64-64 memory-kto-256-256-50k""".split()
+QUICK = ["kto-64-64", "dpo-64-64", "generate-64-8"]
 
 
 # --- a case ---------------------------------------------------------------------------------------
@@ -73,7 +73,6 @@ class Case:
     flags: tuple = ()                # of train.py
     tokens: int = 2048               # of the trained rows of a step, about
     sigma: float = 0.5               # of the log of the lengths
-    new: int = 64                    # tokens generated
 
     @property
     def batch_size(self):
@@ -145,7 +144,6 @@ class Ours:
     """A run of train.py on a case, right before its first step."""
 
     def __init__(self, case, folder, steps):
-        threads = torch.get_num_threads()
         # A second model would add to the peak; its own log-probs do as well.
         ref = "policy" if case.big or case.what == "memory" else "ref"
         out = tempfile.mkdtemp(dir=folder)
@@ -164,7 +162,7 @@ class Ours:
         run.count_steps()
         self.objective = run.begin_stage(0, 0)
         self.optimizer = train.make_optimizer(run.policy, run.config)
-        torch.set_num_threads(threads)           # of our command line
+        torch.set_num_threads(1)                 # a run takes what it can get
 
     def step(self, step):
         run = self.run
@@ -257,14 +255,14 @@ def matmul_seconds(case):
     return min(clock(lambda: matrix @ matrix) for _ in range(5)) / (2 * n**3)
 
 
-def alternate(variants, steps, timer=clock):
+def alternate(variants, steps):
     """{name: seconds per step} of functions of a step, in turns; step 0 warms up."""
     times = {name: [] for name in variants}
     names = list(variants)
     for step in range(steps):
         first = step % len(names)                # nobody always goes first
         for name in names[first:] + names[:first]:
-            times[name].append(timer(partial(variants[name], step)))
+            times[name].append(clock(partial(variants[name], step)))
     return {name: seconds[1:] for name, seconds in times.items()}
 
 
@@ -280,9 +278,8 @@ def measure(case, variants, tokens, repeats, floor=None):
     row = {"rows": case.batch_size, "batches": repeats, "tokens_per_second": np.median(speeds),
            "spread": (high - low) / middle, "peak_gflops": 1e-9 / middle}
     if floor:                                    # the peak beside every step: speed changes
-        limits = [floor(step + 1) * matmuls[step + 1] / seconds
-                  for step, seconds in enumerate(ours)]
-        row["of_limit"] = np.median(limits)
+        floors = [floor(step + 1) for step in range(repeats)]
+        row["of_limit"] = np.median(np.multiply(floors, matmuls[1:]) / ours)
     row["seconds"] = {name: np.median(seconds) for name, seconds in times.items()}
     for name in list(times)[1:]:
         row[f"vs_{name}"] = np.median(np.divide(times[name], ours))
@@ -304,9 +301,9 @@ def measure_step(case, repeats, with_trl, folder):
     return row | measure(case, variants, ours.tokens, repeats, ours.floor)
 
 
-def measure_epoch(case, repeats, with_trl, folder, n=64):
-    """A whole run over n rows: text, tokens, models from their folder, reference pass, steps."""
-    steps = max(1, n // case.batch_size)
+def measure_epoch(case, repeats, with_trl, folder):
+    """A whole run over 64 units: text, tokens, models from their folder, reference pass, steps."""
+    steps = max(1, 64 // case.batch_size)
     rows = list(records(case, steps * case.batch_size))
     tokens = []
 
@@ -327,7 +324,7 @@ def measure_epoch(case, repeats, with_trl, folder, n=64):
 
 
 def measure_generate(case, repeats, with_trl, folder):
-    """New tokens per second: our cache, transformers' generate, the whole row for every token."""
+    """New tokens per second: ours, and transformers' generate."""
     from transformers import AutoModelForCausalLM
     prompts = [record["prompt"] for record in records(case, case.batch_size)]
     tokenizer = load_tokenizer(folder / "policy").backend
@@ -339,27 +336,20 @@ def measure_generate(case, repeats, with_trl, folder):
     lm = lm.to(parallel.device).eval()
 
     def nanokto(_):
-        policy.generate(prompts, eot=-1, max_new_tokens=case.new)        # nobody ends early
+        policy.generate(prompts, eot=-1, max_new_tokens=case.response)   # nobody ends early
 
     def transformers(_):
         lm.generate(**padded, do_sample=True, temperature=1.0, top_k=0, top_p=1.0,
-                    min_new_tokens=case.new, max_new_tokens=case.new, pad_token_id=0)
+                    min_new_tokens=case.response, max_new_tokens=case.response, pad_token_id=0)
 
-    def no_cache(_):
-        grown = prompts
-        for _ in range(case.new):                # one token, and everything again
-            new = policy.generate(grown, eot=-1, max_new_tokens=1)
-            grown = [prompt + tokens for prompt, tokens in zip(grown, new)]
-
-    variants = {"nanokto": nanokto, "transformers": transformers, "no_cache": no_cache}
-    row = measure(case, variants, lambda step: len(prompts) * case.new, repeats)
-    return row | {"note": f"{case.new} new tokens: {row['vs_transformers']:.2f}x transformers, "
-                          f"{row['vs_no_cache']:.1f}x no cache"}
+    variants = {"nanokto": nanokto, "transformers": transformers}
+    row = measure(case, variants, lambda step: len(prompts) * case.response, repeats)
+    return row | {"note": f"{row['vs_transformers']:.2f}x transformers"}
 
 
 def measure_memory(case, repeats, with_trl, folder):
     """Peak MB of each variant, in a process of its own; nothing is timed."""
-    sides = ["nanokto", "micro-batches"]
+    sides = ["nanokto"]
     if with_trl:
         sides += ["TRL online", "TRL cached"]
     peaks = {}
@@ -368,7 +358,7 @@ def measure_memory(case, repeats, with_trl, folder):
             peak = pool.submit(peak_of, case, side, folder, str(parallel.device))
             try:
                 peaks[side] = peak.result()
-            except (MemoryError, torch.OutOfMemoryError, BrokenProcessPool):     # or killed
+            except (torch.OutOfMemoryError, BrokenProcessPool):      # on a GPU; killed
                 peaks[side] = "out of memory"
     said = ", ".join(f"{side} {peak}" for side, peak in peaks.items())
     return {"rows": case.batch_size, "peak_mb": peaks, "note": f"peak MB: {said}"}
@@ -378,18 +368,16 @@ def peak_of(case, side, folder, device):
     """MB that two steps take above what was imported."""
     join(device)
     load_tokenizer(folder / "policy")            # imports transformers, which is not counted
-    before = peak_rss()
-    if side.startswith("TRL"):
+    if side != "nanokto":
         trl_side.import_all()
-        before = peak_rss()
-        rows = list(records(case, 2 * case.batch_size))
-        trl_side.Theirs(case, folder, rows, cached=side == "TRL cached").trainer.train()
-    else:
-        if side == "micro-batches":
-            case.flags += ("--micro_batch_size=1",)
+    before = peak_rss()
+    if side == "nanokto":
         ours = Ours(case, folder, 2)
         for step in range(2):
             ours.step(step)
+    else:
+        rows = list(records(case, 2 * case.batch_size))
+        trl_side.Theirs(case, folder, rows, cached=side == "TRL cached").trainer.train()
     if parallel.device.type == "cuda":
         return round(torch.cuda.max_memory_allocated() / 2**20)
     return round((peak_rss() - before) / 2**20)
@@ -418,58 +406,33 @@ def step_cost(length, examples, vocab=512, loss="kto"):
     return seconds / ours.tokens(0), ours.floor(0) / ours.tokens(0)
 
 
-def data_cost(n):
-    """(seconds, bytes) per row: reading n rows of .jsonl, encoding them, an epoch's batches."""
-    def load():
-        units, _ = data.encode(formats.read(file)[0], load_tokenizer())
-        units = data.mismatched_units(units, seed=0, max_len=1024)
-        for step in range(data.steps_per_epoch(n, 32)):
-            data.batch_rows(n, 32, seed=0, step=step)
-
-    before = peak_rss()
-    with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder) / "rows.jsonl"
-        with open(file, "w") as rows:
-            for i in range(n):
-                row = {"prompt": f"What is {i} and {i % 97}? ", "label": i % 2 == 0,
-                       "completion": f"It is {i + i % 97}."}
-                print(json.dumps(row), file=rows)
-        seconds = clock(load)
-    return seconds / n, (peak_rss() - before) / n
-
-
 def ideal(seconds, floor):
     """The cost if every size used the hardware as well as the best one: the floor's shape."""
     return floor * (seconds / floor).min()
 
 
 def scaling(quick, out):
-    """Four panels, each with the line of the ideal; a line of `out` for each."""
+    """Three panels, each with the line of the ideal; a line of `out` for each."""
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
     panels = [
         ("tokens per row (KTO)", 2 ** np.arange(6, 13), lambda n: step_cost(n, max(2, 4096 // n))),
         ("pairs per batch (DPO)", 2 ** np.arange(10), lambda n: step_cost(64, n, loss="dpo")),
-        ("vocabulary", [*2 ** np.arange(9, 16), 50257], lambda n: step_cost(128, 16, n)),
-        ("rows of data", 10 ** np.arange(3, 7), data_cost)]
-    figure, axes = plt.subplots(1, len(panels), figsize=(16, 3.4), layout="constrained")
+        ("vocabulary", [*2 ** np.arange(9, 16), 50257], lambda n: step_cost(128, 16, n))]
+    figure, axes = plt.subplots(1, len(panels), figsize=(12, 3.4), layout="constrained")
     for axis, (name, sizes, cost) in zip(axes, panels):
         sizes = [int(size) for size in sizes[:4 if quick else None]]
         seconds, floor = np.array([cost(size) for size in sizes]).T
-        per, best = "token", ideal(seconds, floor)
-        if name == "rows of data":
-            per, best = "row", seconds.min() + 0 * seconds
-            axis.set_title(f"{floor[-1]:.0f} bytes per row")
         axis.loglog(sizes, 1e6 * seconds, "o-", label="measured")
-        axis.loglog(sizes, 1e6 * best, "--", color="grey", label="ideal")
-        axis.set(xlabel=name, ylabel=f"microseconds of CPU time per {per}",
+        axis.loglog(sizes, 1e6 * ideal(seconds, floor), "--", color="grey", label="ideal")
+        axis.set(xlabel=name, ylabel="microseconds of CPU time per token",
                  ylim=(1e6 * seconds.min() / 3, 1e6 * seconds.max() * 3))
         axis.legend(frameon=False)
         costs = ", ".join(f"{size:,}: {1e6 * x:,.0f} us" for size, x in zip(sizes, seconds))
-        print(f"{name:<22}{costs} per {per}", flush=True)
-        append(out, f"scaling: {name}", {"sizes": sizes, "seconds": seconds.tolist(),
-                                         "floor": floor.tolist(), "per": per})
+        print(f"{name:<22}{costs} per token", flush=True)
+        append(out, f"scaling: {name}",
+               {"sizes": sizes, "seconds": seconds.tolist(), "floor": floor.tolist()})
         figure.savefig(out.parent / "scaling.png", dpi=120)  # after every panel
     plt.close(figure)
 
@@ -494,15 +457,15 @@ def line_of(name, row):
 def append(out, name, row):
     """A line of results: the row, and the machine that it was measured on."""
     device = platform.processor() or platform.machine()
-    if os.path.exists("/proc/cpuinfo"):
-        _, _, after = Path("/proc/cpuinfo").read_text().partition("model name\t: ")
-        device = after.partition("\n")[0] or device
     if parallel.device.type == "cuda":
         device = torch.cuda.get_device_name()
+    elif os.path.exists("/proc/cpuinfo"):
+        _, _, after = Path("/proc/cpuinfo").read_text().partition("model name\t: ")
+        device = after.partition("\n")[0] or device
     versions = {name: getattr(sys.modules.get(name), "__version__", None)
                 for name in ("torch", "transformers", "trl")}
-    where = {"device": device, "threads": torch.get_num_threads(), "commit": checkpoint.commit(),
-             "date": time.strftime("%Y-%m-%d"), "versions": versions}
+    where = {"device": device, "commit": checkpoint.commit(), "date": time.strftime("%Y-%m-%d"),
+             "versions": versions}
     out.parent.mkdir(parents=True, exist_ok=True)
     with open(out, "a") as file:
         print(json.dumps({"case": name, **row, **where}), file=file)
@@ -521,7 +484,7 @@ def bench(names, out, *flags, repeats=5, **of_case):
             make_models(case, Path(folder))
             try:
                 row = MEASURE[case.what](case, repeats, with_trl, Path(folder))
-            except (MemoryError, torch.OutOfMemoryError):
+            except torch.OutOfMemoryError:
                 row = {"note": "out of memory"}              # the others go on
         print(line_of(name, row), flush=True)
         append(out, name, row)
@@ -535,23 +498,20 @@ def main(argv=None):
     add("cases", nargs="*", metavar="CASE", help=f"default: {', '.join(FULL)}")
     add("--quick", action="store_true", help=f"under two minutes: {', '.join(QUICK)}")
     add("--device", default="", help="cpu or cuda (default: cuda where there is one)")
-    add("--threads", type=int, default=1)
-    add("--tokens", type=int, help="of the trained rows of a step (2048; --quick 1024)")
+    add("--tokens", type=int, default=2048, help="of the trained rows of a step")
     add("--micro", type=int, default=0, help="units per forward (0: as many as fit 8192 tokens)")
-    add("--repeats", type=int, help="steps per variant (5; --quick 2)")
     add("--out", type=Path, default=RESULTS / "bench.jsonl")
     a = parser.parse_args(argv)
     warnings.filterwarnings("ignore")            # others' deprecations, in the middle of a table
-    torch.set_num_threads(a.threads)
+    torch.set_num_threads(1)                     # CPU time counts those of all threads
     join(a.device)
     names = a.cases or (QUICK if a.quick else FULL)
     cases = [name for name in names if name != "scaling"]
     for name in cases:
         case_named(name)                         # a misspelt one ends before anything is measured
-    repeats, tokens, new = (2, 1024, 8) if a.quick else (5, 2048, 64)
     if cases:
-        bench(cases, a.out, f"--micro_batch_size={a.micro}", repeats=a.repeats or repeats,
-              tokens=a.tokens or tokens, new=new)
+        repeats = 2 if a.quick else 5
+        bench(cases, a.out, f"--micro_batch_size={a.micro}", repeats=repeats, tokens=a.tokens)
     if "scaling" in names:
         scaling(a.quick, a.out)
 

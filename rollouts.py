@@ -81,13 +81,12 @@ class Scorer(nn.Module):
     @classmethod
     def load(cls, folder, *, new=False, device="cpu", dtype=torch.float32, flag="reward"):
         """What `save` or transformers wrote. new: a language model will do, with a head of 0."""
-        own = "nanokto" in read_model_config(folder, flag)
         has_head = any("score.weight" in safe_open(file, "pt").keys()
                        for file in weight_files(folder, flag))
         if not has_head and not new:
             raise SystemExit(f"--{flag} {folder}: a language model without a reward head; "
                              "--loss rm trains one from it")
-        if own:
+        if "nanokto" in read_model_config(folder, flag):
             scorer = cls(GPT.from_pretrained(folder, device=device, dtype=dtype))
             if has_head:
                 saved = load_file(Path(folder) / "score.safetensors")
@@ -153,31 +152,13 @@ def load_reward(spec, tokenizer=None, *, device="cpu", flag="reward"):
     said = f"--{flag} {spec}"
     file, _, name = str(spec).rpartition(":")
     if spec == "world":
-        return checked(world_reward, said)
-    if file.endswith(".py"):
-        return checked(python_function(file, name, said), said)
+        return world_reward
+    if file.endswith(".py") and Path(file).is_file():
+        return python_reward(file, name, said)
     if Path(spec).is_dir():
         return ModelReward(spec, tokenizer, device, flag)
     raise SystemExit(f"{said}: no such reward; valid are world, the folder of a reward model, "
                      "or file.py:function")
-
-
-def checked(function, said):
-    """The same function; it must give a finite number for each response."""
-    def reward(prompts, responses):
-        return finite_numbers(function(prompts, responses), len(responses), said)
-    return reward
-
-
-def finite_numbers(scores, n, said):
-    try:
-        numbers = [float(score) for score in scores]
-    except (TypeError, ValueError):
-        numbers = []
-    if len(numbers) != n or not all(math.isfinite(number) for number in numbers):
-        raise SystemExit(f"{said}: gave {str(scores)[:80]} for {n} responses; expected a finite "
-                         "number for each")
-    return numbers
 
 
 def world_reward(prompts, responses):
@@ -188,18 +169,25 @@ def world_reward(prompts, responses):
     return [world.utility(prompt, response) for prompt, response in zip(prompts, responses)]
 
 
-def python_function(file, name, said):
+def python_reward(file, name, said):
     """`name` in `file`. An error in the user's code keeps its traceback."""
-    if not Path(file).is_file():
-        raise SystemExit(f"{said}: no such file")
     spec = importlib.util.spec_from_file_location("reward_" + Path(file).stem, file)
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module                          # its dataclasses look there
     spec.loader.exec_module(module)
-    function = getattr(module, name, None)
-    if not callable(function):
-        raise SystemExit(f"{said}: {file} has no function {name!r}")
-    return function
+    function = getattr(module, name)
+
+    def reward(prompts, responses):
+        return finite_numbers(function(prompts, responses), len(responses), said)
+    return reward
+
+
+def finite_numbers(scores, n, said):
+    numbers = [float(score) for score in scores]
+    if len(numbers) != n or not all(math.isfinite(number) for number in numbers):
+        raise SystemExit(f"{said}: gave {str(numbers)[:80]} for {n} responses; expected a finite "
+                         "number for each")
+    return numbers
 
 
 class ModelReward:
@@ -209,9 +197,6 @@ class ModelReward:
         self.said = f"--{flag} {folder}"
         self.model = RewardModel.load(folder, device=device, flag=flag).requires_grad_(False)
         self.tokenizer = load_tokenizer(folder)
-        if self.tokenizer.vocab_size > self.model.vocab_size:
-            raise SystemExit(f"{self.said}: its tokenizer has {self.tokenizer.vocab_size} tokens, "
-                             f"its embedding only {self.model.vocab_size}")
         if tokenizer is not None and fingerprint(tokenizer) != fingerprint(self.tokenizer):
             raise SystemExit(f"{self.said}: its tokenizer is not the policy's")
 
@@ -229,11 +214,9 @@ class ModelReward:
         """
         tokenizer = self.tokenizer
         if getattr(tokenizer.backend, "chat_template", None):
-            turns = [Turn("user", prompt)] if isinstance(prompt, str) else [*prompt]
-            try:
-                pieces = tokenizer._pieces([*turns, Turn("assistant", response)], ask=False)
-            except ValueError as error:
-                raise SystemExit(f"{self.said}: {error}") from None
+            if isinstance(prompt, str):
+                prompt = [Turn("user", prompt)]
+            pieces = tokenizer._pieces([*prompt, Turn("assistant", response)], ask=False)
             ids = [token for piece, _ in pieces for token in piece]
         else:
             ids = tokenizer.prompt_ids(prompt) + tokenizer.encode(response) + [tokenizer.eot]
@@ -250,20 +233,17 @@ def fingerprint(tokenizer):
 
 
 def ask(reward, rows, tokenizer):
-    """The reward of each row's response.   (B,) float64"""
+    """The reward of each row's response; a function is told texts, without a BOS.   (B,) float64"""
     if hasattr(reward, "of_rows"):
         return torch.tensor(reward.of_rows(rows), dtype=torch.float64)
-    prompts = [prompt_text(row, tokenizer) for row in rows]
+    prompts = [tokenizer.text(i for i in prompt_of(row) if i not in tokenizer.bos)
+               for row in rows]
     responses = [tokenizer.text(row.response) for row in rows]
     return torch.tensor(reward(prompts, responses), dtype=torch.float64)
 
 
 def prompt_of(row):
     return row.ids[:row.n_prompt].tolist()
-
-
-def prompt_text(row, tokenizer):
-    return tokenizer.text(i for i in prompt_of(row) if i not in tokenizer.bos)
 
 
 # --- the policy writes ----------------------------------------------------------------------------

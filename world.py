@@ -2,15 +2,15 @@
 
 A customer writes `Help, my router gets too hot!`. A reply has an opening (polite, none, rude), an
 answer (right, wrong, vague), up to two empty fillers and a closing. A judge reads these slots off
-any text and adds up their points. There is no network, no human and no reward model here:
+any text and adds up their points.
 
-- every reply has a true utility, so "preferred" and "better" can be told apart;
+- Every reply has a true utility, so "preferred" and "better" can be told apart;
 - the annotator is exactly Bradley-Terry, as the papers' derivations assume;
 - the best policy of RLHF, DPO, IPO and KTO is a formula: slots are independent, so replies fall
   into 135 classes of known probability and utility;
 - the reference's most likely reply is rude and wrong, so greedy decoding shows the effect too.
 
-Utilities are in points, KL in nats per reply. The same seed gives the same output.
+Utilities are in points, KL in nats per reply.
 """
 import itertools
 import math
@@ -20,6 +20,7 @@ from collections import Counter
 from functools import lru_cache
 from typing import NamedTuple
 
+import numpy as np
 import tiktoken
 
 # --- grammar ----------------------------------------------
@@ -68,8 +69,7 @@ CLOSE = {
 
 # --- mixtures and points ----------------------------------
 
-# A mixture gives each slot its own distribution; slots are independent. "sft" is the reference and
-# the source of all preference data, "pretrain" the rougher text before it, "expert" SPIN's target.
+# "sft" is the reference and writes all preference data; "expert" is SPIN's target.
 MIXES = {
     "sft": {"answer": {"right": .40, "wrong": .35, "vague": .25},
             "device": {"ok": .85, "bad": .15},
@@ -96,12 +96,11 @@ UTILITY = {"answer": {"right": 2.0, "wrong": -1.0, "vague": 0.0},
            "open": {"polite": 1.0, "neutral": 0.0, "rude": -1.5},
            "filler": {0: 0.0, 1: -0.4, 2: -0.8},
            "close": {"help": 0.5, "none": 0.0, "rude": -1.0}}
-JUNK = -1.0  # per sentence that the grammar does not have at that place
 
 
 def _points(levels, malformed=0):
     """Sum of the slots' points, rounded: ties and caches need equal floats for equal utilities."""
-    return round(sum(UTILITY[slot][level] for slot, level in levels.items()) + JUNK * malformed, 6)
+    return round(sum(UTILITY[slot][level] for slot, level in levels.items()) - malformed, 6)
 
 
 # --- split and prompts ------------------------------------
@@ -124,16 +123,8 @@ PROMPTS = {prompt_text(d, p, i): (d, p) for d in DEVICES for p in PROBLEMS for i
 
 
 def parse_prompt(text):
-    """(device, problem) of a customer's message; None for any other text."""
+    """(device, problem) of a customer's message, one for its four wordings; else None."""
     return PROMPTS.get(text.strip())
-
-
-def cluster_of(prompt):
-    """(device, problem) of a prompt. Its four wordings are near copies: a bootstrap draws cells."""
-    cell = parse_prompt(prompt)
-    if cell is None:
-        raise ValueError(f"not a help-desk prompt: {prompt!r}; world.eval_prompts shows valid ones")
-    return cell
 
 
 def eval_prompts(part, n=480, seed=0):
@@ -150,8 +141,9 @@ def sample_slots(rng, mix="sft"):
     return {slot: rng.choices(list(p), list(p.values()))[0] for slot, p in MIXES[mix].items()}
 
 
-def write_reply(rng, device, problem, slots):
-    """A text with these slots: opening, answer, fillers, closing. `rng` is a random.Random."""
+def sample_reply(rng, device, problem, mix="sft"):
+    """A reply of the mixture: opening, answer, fillers, closing."""
+    slots = sample_slots(rng, mix)
     if slots["answer"] == "vague":  # names no device: the device slot is void
         answer = rng.choice(VAGUE)
     else:
@@ -171,52 +163,39 @@ def _draw_fix(rng, problem, right):
         return rng.choice(PROBLEMS[problem])
     if rng.random() < FOLK_SHARE:
         return FOLK[problem]
-    others = [fixes for other, fixes in PROBLEMS.items() if other != problem]
-    return rng.choice(list(itertools.chain(*others)))
-
-
-def sample_reply(rng, device, problem, mix="sft"):
-    """A reply of the mixture to any prompt about this device and problem."""
-    return write_reply(rng, device, problem, sample_slots(rng, mix))
+    return rng.choice([fix for other in PROBLEMS if other != problem for fix in PROBLEMS[other]])
 
 
 # --- judge ------------------------------------------------
 
 class Verdict(NamedTuple):
-    utility: float   # points
-    malformed: int   # junk sentences, a missing answer included; 0: the grammar can say this
+    utility: float
+    malformed: int   # junk sentences, a missing answer included
     right: bool      # a right fix for the right device
     rude: bool       # opening or closing
 
 
-def _sentences():
-    """Every sentence of the grammar -> (slot, what it says)."""
-    table = {text: ("open", kind) for kind, texts in OPEN.items() for text in texts}
-    for device, fixes in itertools.product(DEVICES, PROBLEMS.values()):
-        table |= {ANSWER.format(d=device, f=fix): ("answer", (device, fix)) for fix in fixes}
-    table |= dict.fromkeys(VAGUE, ("answer", None)) | dict.fromkeys(FILLER, ("filler", None))
-    table |= {text: ("close", kind) for kind, texts in CLOSE.items() for text in texts}
-    del table[""]  # saying nothing is no sentence
-    return table
-
-
-SENTENCES = _sentences()
+# Every sentence of the grammar -> (slot, what it says)
+SENTENCES = {text: ("open", kind) for kind, texts in OPEN.items() for text in texts}
+for _device, _fixes in itertools.product(DEVICES, PROBLEMS.values()):
+    SENTENCES |= {ANSWER.format(d=_device, f=fix): ("answer", (_device, fix)) for fix in _fixes}
+SENTENCES |= dict.fromkeys(VAGUE, ("answer", None)) | dict.fromkeys(FILLER, ("filler", None))
+SENTENCES |= {text: ("close", kind) for kind, texts in CLOSE.items() for text in texts}
+del SENTENCES[""]  # saying nothing is no sentence
 PLACE = {"open": 0, "answer": 1, "filler": 2, "close": 3}
 
 
 def judge(prompt, reply):
     """Read a reply's slots: utility = sum of their points - 1 per junk sentence.
 
-    The text is cut at single spaces after `.`, `!`, `?`. A sentence counts if the grammar has it,
-    letter by letter, in its place: opening, answer, at most two fillers, closing. All else is junk:
-    unknown text, a second answer, a third filler, a sentence that comes too late. A missing answer
-    is rated as a vague one and is one junk more, so an empty reply has -1.
+    A sentence counts if the grammar has it, letter by letter, in its place: opening, answer, at
+    most two fillers, closing. All else is junk: unknown text, a second answer, a third filler. A
+    missing answer is rated as a vague one and is one junk more: an empty reply has -1.
     """
-    device, problem = cluster_of(prompt)
+    device, problem = parse_prompt(prompt)
     levels = {"answer": "vague", "device": "ok", "open": "neutral", "filler": 0, "close": "none"}
-    malformed = 0
-    answered = False
-    earliest = 0  # the first place that may still come
+    malformed = 1  # no answer so far
+    earliest = 0   # the first place that may still come
     text = reply.strip()
     for sentence in re.split(r"(?<=[.!?]) ", text) if text else ():
         slot, said = SENTENCES.get(sentence, (None, None))
@@ -231,11 +210,10 @@ def judge(prompt, reply):
         elif slot != "answer":
             levels[slot] = said
         else:
-            answered = True
+            malformed -= 1
             if said is not None:  # not a vague one
                 levels["device"] = "ok" if said[0] == device else "bad"
                 levels["answer"] = "right" if said[1] in PROBLEMS[problem] else "wrong"
-    malformed += not answered
     right = levels["answer"] == "right" and levels["device"] == "ok"
     rude = "rude" in (levels["open"], levels["close"])
     return Verdict(_points(levels, malformed), malformed, right, rude)
@@ -258,18 +236,18 @@ def win_probability(u):
     return math.fsum(p * sigmoid(u - other) for p, other in classes("sft"))
 
 
-def _prompts(rng, n, part):
+def _prompts(rng, n, part="train"):
     cells = split()[part]
     for _ in range(n):
         device, problem = rng.choice(cells)
         yield device, problem, prompt_text(device, problem, rng.randrange(4))
 
 
-def dialogues(n, seed, mix, part="train"):
+def dialogues(n, seed, mix):
     """n (prompt, reply) texts of a mixture, for pretraining and SFT."""
     rng = random.Random(f"dialogues {mix} {seed}")
     return [(prompt, sample_reply(rng, device, problem, mix))
-            for device, problem, prompt in _prompts(rng, n, part)]
+            for device, problem, prompt in _prompts(rng, n)]
 
 
 def pairs(n, seed, *, part="train", flip=0.0):
@@ -277,8 +255,7 @@ def pairs(n, seed, *, part="train", flip=0.0):
 
     score = utility + Gumbel(0, 1) noise, and the higher score is chosen. The difference of two
     Gumbels is logistic: P(a beats b) = sigmoid(u_a - u_b). With probability `flip` the replies then
-    trade places; the scores stay, so score_chosen > score_rejected always. win_prob_* is the chance
-    to beat an SFT-mix reply, flips included.
+    trade places, the scores do not. win_prob_*: the chance to beat an SFT-mix reply.
     """
     rng = random.Random(f"pairs {seed}")
     rows = []
@@ -310,11 +287,11 @@ def thumbs(pairs, seed):
     return rows
 
 
-def native_thumbs(n, seed, *, part="train", flip=0.0):
+def native_thumbs(n, seed, flip=0.0):
     """Thumbs that never were pairs: up with probability sigmoid(utility), flipped with `flip`."""
     rng = random.Random(f"native {seed}")
     rows = []
-    for device, problem, prompt in _prompts(rng, n, part):
+    for device, problem, prompt in _prompts(rng, n):
         reply = sample_reply(rng, device, problem)
         liked = rng.random() < sigmoid(utility(prompt, reply))
         flipped = rng.random() < flip
@@ -336,14 +313,11 @@ def _message(role, text):
     return {"role": role, "content": text}
 
 
-def sessions(n, seed, *, part="train"):
+def sessions(n, seed):
     """n conversations of two exchanges, for segment-level DPO. An error is a reply of utility < 0.
 
-    {"prompt": messages up to the customer's turn that the two branches answer differently,
-     "chosen": [assistant, user, assistant] or [assistant], all replies >= 0,
-     "rejected": as many turns and the same customer, but the first reply is an error,
-     "segment": {"start": 0, "end": 1}}: which of the branch's replies the loss sees, end excluded.
-    The error is in the first exchange or in the second, with equal chance.
+    The branches "chosen" and "rejected" differ in the first reply after "prompt": there the
+    rejected one has an error. "segment" is which of a branch's replies the loss sees.
     """
     rng = random.Random(f"sessions {seed}")
 
@@ -355,10 +329,10 @@ def sessions(n, seed, *, part="train"):
                 return _message("assistant", reply)
 
     rows = []
-    cells = _prompts(rng, 2 * n, part)
+    cells = _prompts(rng, 2 * n)
     for first, second in zip(cells, cells):
         ask, ask_again = _message("user", first[2]), _message("user", second[2])
-        if rng.random() < 0.5:
+        if rng.random() < 0.5:                   # the error is in the first exchange
             prompt = [ask]
             good, bad = answer(first), answer(first, error=True)
             chosen = [good, ask_again, answer(second)]
@@ -372,23 +346,19 @@ def sessions(n, seed, *, part="train"):
     return rows
 
 
-def session_dialogues(n, seed, mix, part="train"):
+def session_dialogues(n, seed, mix):
     """n conversations of two exchanges: what a base model for sessions learns to write."""
     rng = random.Random(f"session dialogues {mix} {seed}")
-    talks = []
-    cells = _prompts(rng, 2 * n, part)
-    for both in zip(cells, cells):
-        talk = []
-        for device, problem, prompt in both:
-            reply = sample_reply(rng, device, problem, mix)
-            talk += [_message("user", prompt), _message("assistant", reply)]
-        talks.append(talk)
+    talks = [[] for _ in range(n)]
+    for i, (device, problem, prompt) in enumerate(_prompts(rng, 2 * n)):
+        reply = sample_reply(rng, device, problem, mix)
+        talks[i // 2] += [_message("user", prompt), _message("assistant", reply)]
     return talks
 
 
-def in_sessions(prompts, seed=0):
+def in_sessions(prompts):
     """Prompts inside conversations: every second one comes after an exchange on something else."""
-    earlier = session_dialogues(len(prompts), f"in sessions {seed}", "sft")
+    earlier = session_dialogues(len(prompts), "in sessions 0", "sft")
     talks = [[_message("user", prompt)] for prompt in prompts]
     for i in range(1, len(prompts), 2):
         talks[i] = earlier[i][:2] + talks[i]
@@ -403,7 +373,7 @@ PATTERN = r" ?[A-Za-z]+| ?[0-9]+|[^A-Za-z0-9\s]+|\s"
 
 @lru_cache(maxsize=1)
 def tokenizer():
-    """Byte-level BPE, trained on the grammar until each of its words is one token (0.1 s).
+    """Byte-level BPE, trained on the grammar until each of its words is one token.
 
     Words carry the space in front of them: "For" (first in a reply) and " For" (later) are two
     tokens. All 256 bytes are tokens too, so any text encodes. The last id is "<|endoftext|>".
@@ -415,14 +385,13 @@ def tokenizer():
     words = {word: [bytes([b]) for b in word.encode()] for word in counts}
     ranks = {bytes([b]): b for b in range(256)}
     while True:
-        words = {word: parts for word, parts in words.items() if len(parts) > 1}
-        if not words:
-            break
         # Count pairs by what they join to, because tiktoken looks merges up by the joined bytes.
         joined = Counter()
         for word, parts in words.items():
             for left, right in itertools.pairwise(parts):
                 joined[left + right] += counts[word]
+        if not joined:
+            break
         best = max(joined, key=lambda token: (joined[token], token))  # ties: by the bytes
         ranks[best] = len(ranks)
         for parts in words.values():
@@ -454,8 +423,7 @@ class Point(NamedTuple):
 def classes(mix="sft"):
     """The 135 classes of replies of a mixture: [(probability, utility), ...].
 
-    To every objective below the replies of a class are alike, so optima over classes are optima
-    over texts.
+    To the objectives below the replies of a class are alike: optima over classes are optima.
     """
     mass = Counter()
     slots = MIXES[mix]
@@ -468,39 +436,31 @@ def classes(mix="sft"):
     return [(p, _points(dict(levels))) for levels, p in mass.items()]
 
 
-@lru_cache(maxsize=None)
-def _beats_reference(u):
-    return math.fsum(p * ((u > other) + 0.5 * (u == other)) for p, other in classes())
-
-
 def _point(beta, logratios):
     """The point of the policy with these log pi/ref, one per class of the SFT mix."""
-    policy = [(p * math.exp(r), r, u) for (p, u), r in zip(classes(), logratios)]
-    kl = math.fsum(pi * r for pi, r, _ in policy if pi > 0)
-    return Point(beta, max(0.0, kl), math.fsum(pi * u for pi, _, u in policy),
-                 math.fsum(pi * _beats_reference(u) for pi, _, u in policy))
+    p, u = np.array(classes()).T
+    r = np.array(logratios)
+    pi = p * np.exp(r)
+    kl = pi[pi > 0] @ r[pi > 0]
+    wins = (u[:, None] > u) + 0.5 * (u[:, None] == u)
+    return Point(beta, max(0.0, float(kl)), float(pi @ u), float(pi @ wins @ p))
 
 
 def tilt(scores):
     """log pi/ref of pi(y) = ref(y) exp(score(y)) / Z; one score per class, in nats."""
-    top = max(scores)
-    z = math.fsum(p * math.exp(score - top) for (p, _), score in zip(classes(), scores))
-    log_z = top + math.log(z)
-    return [score - log_z for score in scores]
+    log_p = [math.log(p) for p, _ in classes()]
+    return (np.array(scores) - np.logaddexp.reduce(np.add(scores, log_p))).tolist()
 
 
 def optimum(beta):
     """The policy that maximises E[u] - beta KL(pi || ref): pi = ref exp(u / beta) / Z.
 
-    No policy has more utility at the same KL: these points are the frontier, and
-    optimum(math.inf) is the reference.
+    No policy has more utility at the same KL: these points are the frontier.
     """
     return _point(beta, tilt([u / beta for _, u in classes()]))
 
 
-def dpo_optimum(beta):
-    """DPO's minimum with unlimited pairs: the same, for the Bradley-Terry reward IS the utility."""
-    return optimum(beta)
+dpo_optimum = optimum  # DPO's minimum with unlimited pairs: its reward IS the utility
 
 
 def ipo_optimum(tau):
@@ -508,17 +468,45 @@ def ipo_optimum(tau):
     return _point(tau, tilt([win_probability(u) / tau for _, u in classes()]))
 
 
+def optimum_at_kl(kl):
+    """The frontier's point at a KL in nats. Beyond 4.4, the best class alone, it is that class."""
+    end = optimum(1e-3)  # all mass on the best class, to the last bit
+    if kl >= end.kl:
+        return end._replace(beta=0.0)
+    log_beta = _bisect(lambda x: optimum(math.exp(x)).kl - kl, math.log(1e-3), math.log(1e9))
+    return optimum(math.exp(log_beta))
+
+
 def _bisect(f, low, high):
-    """The root of a decreasing f in [low, high], to 1e-13 or to the last bit."""
-    while high - low > 1e-13:
+    """The root of a decreasing f in [low, high]."""
+    for _ in range(60):  # to the last bit
         middle = 0.5 * (low + high)
-        if not low < middle < high:
-            break
         if f(middle) > 0:
             low = middle
         else:
             high = middle
-    return 0.5 * (low + high)
+    return middle
+
+
+def kto_optimum(beta, *, lambda_d=1.0, lambda_u=1.0, z0=0.0, flip=0.0):
+    """KTO's minimum with unlimited thumbs: a reply is liked as often as it wins, E sigmoid(u - u').
+
+    A share `flip` of the thumbs is reversed. z0: a number, or "exact", the fixed point
+    z0 = KL(pi || ref) that the paper's reference point estimates.
+    """
+    rows = []
+    for p, u in classes():
+        liked = flip + (1 - 2 * flip) * win_probability(u)
+        rows.append((p, lambda_d * liked - lambda_u * (1 - liked)))
+    if z0 != "exact":
+        return _point(beta, kto_logratios(rows, beta=beta, z0=z0))
+    last = kl = 0.0
+    for _ in range(500):  # KL grows with z0: from 0 this finds the smallest fixed point
+        point = _point(beta, kto_logratios(rows, beta=beta, z0=kl))
+        last, kl = kl, point.kl
+        if abs(kl - last) < 1e-12:
+            break
+    return point
 
 
 def kto_logratios(rows, *, beta, z0=0.0):
@@ -530,108 +518,58 @@ def kto_logratios(rows, *, beta, z0=0.0):
 
     With r = log pi/ref the loss is, up to a constant, - sum_y p c sigma(beta (r - z0)), and
     sum_y p e^r = 1. Where c <= 0 the best pi is 0. Elsewhere the derivative by pi is one number
-    nu for all y:
-        c beta sigma'(beta (r - z0)) e^-r = nu,      in logs:  log c + h(r) = log nu
-    So: find each r for a given nu (`_invert_h`), and by bisection the nu whose pi sums to 1.
+    nu for all y:   log c + h(r) = log nu,   h(r) = log(beta sigma'(beta (r - z0))) - r
+    `_invert_h` finds each r for a given nu, and bisection the nu whose pi sums to 1.
     """
-    mass = Counter()  # c -> probability: completions of equal c have equal r
-    for p, c in rows:
-        if c > 0 and p > 0:
-            mass[c] += p
-    if not mass:
+    p, c = np.array(rows, float).T
+    candidates = np.unique(c[(c > 0) & (p > 0)])
+    if not len(candidates):
         raise ValueError("no completion has c > 0: lambda_u is too large, or nothing is liked")
 
-    def logratio(c, log_nu):
-        return _invert_h(log_nu - math.log(c), beta, z0)
+    def logratios(log_nu):
+        r = np.full(len(p), -np.inf)
+        alive = (c >= least) & (p > 0)
+        r[alive] = _invert_h(log_nu - np.log(c[alive]), beta, z0)
+        return r
 
     def total(log_nu):
-        return math.fsum(p * math.exp(logratio(c, log_nu)) for c, p in mass.items())
+        return p @ np.exp(logratios(log_nu))
 
-    # h is bounded where beta >= 1, so nu cannot exceed c e^top. If the sum is above 1 even at
-    # that nu for the smallest c, this c is better given up: its pi is 0.
-    top = _highest_h(beta, z0)
-    while top < math.inf and len(mass) > 1 and total(math.log(min(mass)) + top) > 1:
-        del mass[min(mass)]
-
-    # If all r were equal they would be -log(mass). The smallest c has at most this r, the
-    # largest at least this, which puts log nu between:
-    equal = _h(-math.log(sum(mass.values())), beta, z0)
-    low = math.log(min(mass)) + equal
-    high = min(math.log(max(mass)) + equal, math.log(min(mass)) + top)
+    # beta > 1: sigma is an S-shaped function of pi, and a y is given up rather than left below the
+    # point where the S touches its tangent from the origin, sigma = 1 - 1/beta. So h has a top, and
+    # nu is at most c e^top. If the sum is above 1 even there for the smallest c, its pi is 0.
+    top = math.inf
+    if beta == 1:
+        top = -z0
+    elif beta > 1:
+        top = _h(z0 + math.log(beta - 1) / beta, beta, z0)
+    for least in candidates:
+        if beta < 1 or total(math.log(least) + top) <= 1:
+            break
+    # Were all r equal, they would be -log(sum of p): the smallest c has at most this r.
+    equal = _h(-math.log(p[c >= least].sum()), beta, z0)
+    low = math.log(least) + equal
+    high = min(math.log(candidates[-1]) + equal, math.log(least) + top)
     log_nu = _bisect(lambda x: total(x) - 1, low, high)
     rest = math.log(total(log_nu))  # what bisection leaves, about 1e-13
-    by_c = {c: logratio(c, log_nu) - rest for c in mass}
-    return [by_c.get(c, -math.inf) if p > 0 else -math.inf for p, c in rows]
+    return (logratios(log_nu) - rest).tolist()
 
 
 def _h(r, beta, z0):
-    """h(r) = log(beta sigma'(beta (r - z0))) - r: what one more bit of pi is worth, in logs."""
-    x = abs(beta * (r - z0))  # sigma' is even: sigma'(x) = e^-x / (1 + e^-x)^2
-    return math.log(beta) - x - 2.0 * math.log1p(math.exp(-x)) - r
-
-
-def _highest_h(beta, z0):
-    """The supremum of h, and for beta > 1 its maximum over the r worth having.
-
-    beta < 1: h falls from +inf to -inf.   beta = 1: h falls from -z0.
-    beta > 1: sigma is an S-shaped function of pi. A y is given up rather than left below the point
-    where the S touches its tangent from the origin, sigma = 1 - 1/beta; a training run may stop in
-    another minimum than this lowest one.
-    """
-    if beta < 1:
-        return math.inf
-    if beta == 1:
-        return -z0
-    return _h(z0 + math.log(beta - 1) / beta, beta, z0)
+    x = np.abs(beta * (r - z0))  # sigma' is even: sigma'(x) = e^-x / (1 + e^-x)^2
+    return math.log(beta) - x - 2.0 * np.log1p(np.exp(-x)) - r
 
 
 def _invert_h(level, beta, z0):
     """The r on the falling branch with h(r) = level, by Newton's method from the right."""
-    r = (math.log(beta) + beta * z0 - level) / (1.0 + beta)  # right of the root: sigma'(x) < e^-x
+    r = (math.log(beta) + beta * z0 - level) / (1.0 + beta)  # sigma'(x) < e^-x
     for _ in range(200):  # h is concave: no step overshoots
-        slope = 1.0 + beta * math.tanh(0.5 * beta * (r - z0))  # -h'(r)
-        if slope <= 0:  # at the peak, by rounding
+        slope = 1.0 + beta * np.tanh(0.5 * beta * (r - z0))  # -h'(r)
+        step = (level - _h(r, beta, z0)) / np.maximum(slope, 1e-15)
+        if np.all(step <= 1e-14 * (1.0 + np.abs(r))):
             break
-        step = (level - _h(r, beta, z0)) / slope
-        if step <= 1e-15 * (1.0 + abs(r)):
-            break
-        r -= step
+        r = r - step
     return r
-
-
-def kto_optimum(beta, *, lambda_d=1.0, lambda_u=1.0, z0=0.0, flip=0.0, labels="pairs"):
-    """KTO's minimum with unlimited thumbs, as many texts of either class as the annotator gives.
-
-    labels="pairs": a reply is liked as often as it wins, E sigmoid(u - u'); "native": sigmoid(u).
-    A share `flip` of the thumbs is reversed. z0: a number, or "exact", the fixed point
-    z0 = KL(pi || ref) that the paper's reference point estimates.
-    """
-    rate = {"pairs": win_probability, "native": sigmoid}[labels]
-    rows = []
-    for p, u in classes():
-        liked = flip + (1 - 2 * flip) * rate(u)
-        rows.append((p, lambda_d * liked - lambda_u * (1 - liked)))
-
-    def at(z):
-        return _point(beta, kto_logratios(rows, beta=beta, z0=z))
-
-    if z0 != "exact":
-        return at(z0)
-    point = at(0.0)  # KL grows with z0, so iterating from 0 finds the smallest fixed point
-    for _ in range(500):
-        last, point = point, at(point.kl)
-        if abs(point.kl - last.kl) < 1e-12:
-            break
-    return point
-
-
-def optimum_at_kl(kl):
-    """The frontier's point at a KL in nats. Beyond 4.4, the best class alone, it is that class."""
-    end = optimum(1e-3)  # all mass on the best class, to the last bit
-    if kl >= end.kl:
-        return end._replace(beta=0.0)
-    log_beta = _bisect(lambda x: optimum(math.exp(x)).kl - kl, math.log(1e-3), math.log(1e9))
-    return optimum(math.exp(log_beta))
 
 
 # --- settings of the embedded runs ------------------------
@@ -648,13 +586,10 @@ N_EXPERT = 1500
 # first try did badly, beta (or what stands for it) was chosen on the tuning split.
 THUMBS = dict(lr=5e-4, steps=400, batch_size=32)
 PAIRS = THUMBS | dict(batch_size=16)  # as many replies
-SETTINGS = {
-    "default": THUMBS | dict(beta=0.5),  # for a loss that has no entry here
-    "kto": THUMBS | dict(beta=0.5),
+SETTINGS = {  # "default": for a loss that has no entry here
+    **dict.fromkeys(("default", "kto", "apo_zero_unpaired", "bco"), THUMBS | dict(beta=0.5)),
     # A larger beta, or lambda_d = 1, and it collapses:
     "kto_uniform": THUMBS | dict(lr=3e-4, beta=0.05, lambda_d=1.75),
-    "apo_zero_unpaired": THUMBS | dict(beta=0.5),
-    "bco": THUMBS | dict(beta=0.5),
     "sft": dict(lr=1e-3, steps=200, batch_size=32),
     "offline_ppo": THUMBS,
     "rm": dict(lr=4e-3, steps=500, batch_size=32, warmup=20),
@@ -678,5 +613,5 @@ SETTINGS = {
     "spin": PAIRS | dict(steps=80, beta=1.0, stages=4),
     "sdpo_stepwise": PAIRS | dict(steps=200, beta=1.0, stages=2),
     "sdpo_segment": PAIRS | dict(steps=100, beta=2.0),  # its pairs have no noise
-    "tr_dpo": dict(beta=2.0, ref_every=100),            # and DPO's; 512 would be never in 400 steps
+    "tr_dpo": dict(beta=2.0, ref_every=100),            # and DPO's
 }

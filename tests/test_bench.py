@@ -15,6 +15,12 @@ from plumbing import parallel, trl_side
 TINY = (1, 2, 16)                    # layers, heads, width
 
 
+@pytest.fixture(autouse=True)
+def on_the_cpu(monkeypatch):
+    monkeypatch.setattr(parallel, "bar", parallel.bar)           # which `join` replaces
+    bench.join("cpu")
+
+
 def lines_of(file):
     return [json.loads(line) for line in file.read_text().splitlines()]
 
@@ -32,7 +38,6 @@ def test_a_pass_is_its_matmuls_counted_by_hand_with_a_shared_prompt_once():
     prompt = 2 * 100 * 3 + 16 * (1 + 2 + 3)                                      # 4 width = 16
     of_two = 2 * (100 + 50 * 4) * 2 + 16 * (4 + 5)
     of_four = 2 * (100 + 50 * 4) * 4 + 16 * (4 + 5 + 6 + 7)
-    assert bench.pass_flops([(two,)], **shape) == prompt + of_two
     assert bench.pass_flops([(two, four), (two,)], **shape) == 2 * prompt + 2 * of_two + of_four
 
 
@@ -41,13 +46,14 @@ def test_the_trunk_of_a_gpt_has_12_width_squared_per_layer():
     assert bench.shape_of(net) == dict(trunk=3 * 12 * 16**2, vocab=30, width=16, layers=3)
 
 
-def test_variants_take_turns_and_the_first_step_only_warms_up():
+def test_variants_take_turns_and_the_first_step_only_warms_up(monkeypatch):
     order = []
 
     def variant(name):
         return lambda step: order.append(name + str(step)) or step
 
-    times = bench.alternate({"a": variant("a"), "b": variant("b")}, 3, timer=lambda f: f())
+    monkeypatch.setattr(bench, "clock", lambda function: function())
+    times = bench.alternate({"a": variant("a"), "b": variant("b")}, 3)
     assert order == ["a0", "b0", "b1", "a1", "a2", "b2"]                 # nobody always first
     assert times == {"a": [1, 2], "b": [1, 2]}
 
@@ -71,28 +77,15 @@ def test_a_row_has_medians_over_steps_of_ratios_and_of_the_share_of_the_limit(mo
 def test_tiny_cases_run_from_end_to_end_without_trl_and_append_their_lines(tmp_path, monkeypatch,
                                                                            capsys):
     monkeypatch.setitem(sys.modules, "trl", None)                # as if it were not installed
-    names = ["kto-8-8", "dpo-8-8-bf16", "kto-8-8-llama-lora-checkpoint", "generate", "epoch-dpo"]
+    names = ["kto-8-8", "kto-8-8-llama-lora-checkpoint", "generate-8-4", "epoch-dpo-8-8-bf16"]
     out = tmp_path / "bench.jsonl"
-    bench.bench(names, out, "--micro_batch_size=1", repeats=1, tokens=32, new=4, shape=TINY)
+    bench.bench(names, out, "--micro_batch_size=1", repeats=1, tokens=32, shape=TINY)
     said = capsys.readouterr().out
     assert said.count("pip install trl") == 1 and all(name in said for name in names)
     assert [row["case"] for row in lines_of(out)] == names
     for row in lines_of(out):
-        assert row["tokens_per_second"] > 0 and row["device"] and row["date"] and row["commit"]
-        assert row["versions"]["torch"] == torch.__version__
-        assert row["case"] in ("generate", "epoch-dpo") or 0 < row["of_limit"] < 1
-
-
-def test_a_case_without_memory_is_a_row_that_says_so_and_the_others_go_on(tmp_path, monkeypatch):
-    def no_room(case, *how):
-        if case.loss == "kto":
-            raise torch.OutOfMemoryError("CUDA")
-        return {"tokens_per_second": 1.0}
-
-    monkeypatch.setitem(bench.MEASURE, "step", no_room)
-    bench.bench(["kto-8-8", "dpo-8-8"], tmp_path / "b.jsonl", shape=TINY)
-    first, second = lines_of(tmp_path / "b.jsonl")
-    assert first["note"] == "out of memory" and second["tokens_per_second"] == 1.0
+        assert row["tokens_per_second"] > 0 and row["device"] and row["commit"]
+        assert row["case"][0] in "ge" or 0 < row["of_limit"] < 1
 
 
 @pytest.mark.slow
@@ -100,8 +93,7 @@ def test_peak_memory_is_that_of_a_process_of_its_own(tmp_path):
     case = bench.case_named("memory-kto-8-8", shape=TINY, tokens=64)
     bench.make_models(case, tmp_path)
     peaks = bench.measure_memory(case, 1, False, tmp_path)["peak_mb"]
-    assert list(peaks) == ["nanokto", "micro-batches"]
-    assert all(0 < peak < 700 for peak in peaks.values())        # MB; the parent holds more
+    assert list(peaks) == ["nanokto"] and 0 < peaks["nanokto"] < 700     # MB; the parent has more
 
 
 def test_both_sides_read_the_numbers_that_were_drawn_as_words():
@@ -127,19 +119,16 @@ def test_trls_step_has_our_loss_and_our_gradient(tmp_path):
         assert abs(row["loss"] - {"kto": 0.5, "dpo": np.log(2)}[case.loss]) > 1e-6
 
 
-def test_the_ideal_has_the_floors_shape_and_is_nowhere_above_what_was_measured():
+def test_scaling_draws_the_ideal_nowhere_above_what_was_measured_and_appends_its_lines(
+        tmp_path, monkeypatch):
     seconds, floor = np.array([8.0, 6.0, 9.0]), np.array([1.0, 2.0, 3.0])
     assert bench.ideal(seconds, floor).tolist() == [3, 6, 9]
-
-
-def test_scaling_draws_four_panels_and_appends_a_line_for_each(tmp_path, monkeypatch):
     monkeypatch.setattr(bench, "step_cost", lambda length, *how, **more: (length * 1e-5, length))
-    monkeypatch.setattr(bench, "data_cost", lambda n: (1e-5, 900.0))
     bench.main(["scaling", "--device", "cpu", "--out", str(tmp_path / "bench.jsonl")])
     sizes = {row["case"]: row["sizes"] for row in lines_of(tmp_path / "bench.jsonl")}
     ends = {case.removeprefix("scaling: "): (min(x), max(x)) for case, x in sizes.items()}
     assert ends == {"tokens per row (KTO)": (64, 4096), "pairs per batch (DPO)": (1, 512),
-                    "vocabulary": (512, 50257), "rows of data": (1000, 10**6)}
+                    "vocabulary": (512, 50257)}
     assert (tmp_path / "scaling.png").stat().st_size > 10_000
 
 
@@ -150,17 +139,7 @@ def test_what_a_step_costs_has_a_floor_for_a_single_pair_too():
     assert 6 * trunk * 0.7 < flops < 6 * (trunk + 512 * 128)     # the shared prompt counts once
 
 
-def test_more_data_costs_the_same_per_row():
-    assert bench.data_cost(4000)[0] < 4 * bench.data_cost(500)[0]                # quadratic: 8 x
-
-
-def test_a_misspelt_case_ends_in_one_line_before_anything_is_measured(tmp_path):
-    for name in ("ppo-64-64", "kto-64-64-100k", "kto-64", "64-64", "kto-0-8", "bf16-kto"):
-        with pytest.raises(SystemExit, match=f"^{name}: no such case; e.g. kto-64-64"):
-            bench.main(["kto-64-64", name, "--out", str(tmp_path / "x")])
-
-
-def test_the_readmes_cases_are_cases():
+def test_the_readmes_cases_are_cases_and_a_misspelt_one_is_one_line(tmp_path):
     readme = (bench.RESULTS.parent / "README.md").read_text()
     for command in re.findall(r"`python bench.py ([^`]*)`", readme):
         for name in command.split("--")[0].split():
@@ -168,9 +147,6 @@ def test_the_readmes_cases_are_cases():
     case = bench.case_named("kto-512-256-8b-bf16-lora-compile")
     assert (case.prompt, case.response, case.vocab) == (512, 256, 128256)
     assert case.flags == ("--dtype=bf16", "--lora=16", "--compile")
-
-
-@pytest.fixture(autouse=True)
-def on_the_cpu(monkeypatch):
-    monkeypatch.setattr(parallel, "bar", parallel.bar)           # which `join` replaces
-    bench.join("cpu")
+    for name in ("ppo-64-64", "kto-64-64-100k", "kto-64", "64-64", "kto-0-8", "bf16-kto"):
+        with pytest.raises(SystemExit, match=f"^{name}: no such case; e.g. kto-64-64"):
+            bench.main(["kto-64-64", name, "--out", str(tmp_path / "x")])

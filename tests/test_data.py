@@ -1,21 +1,20 @@
 """What is trained is what was asked for, y' is never an answer to x, and flat rows lose nothing."""
-import dataclasses
 import math
 import random
 
 import numpy as np
 import pytest
 import torch
-from hypothesis import assume, given, settings, strategies as st
+from hypothesis import assume, given, strategies as st
 
 import data
-from conftest import SHARED, needs_shared
 from data import encode, flatten, lambda_weights, make_row, mismatch, mismatched
 from plumbing import show
-from plumbing.formats import Feedback, Pair, Turn, parse
+from plumbing.formats import Feedback, Pair, Turn
 from plumbing.tokenizer import EOT, Tokenizer, load_tokenizer
 from test_formats import write
-from test_tokenizer import BYTES, CALL, hf_folder, texts, tokenizers      # noqa: F401 (a fixture)
+from test_tokenizer import (BYTES, CALL, hf_folder, odd_encoding, texts,
+                            tokenizers)                                  # noqa: F401 (a fixture)
 
 
 def turns(*contents, first="user"):
@@ -41,23 +40,22 @@ def trained_runs(row, tokenizer):
 @given(texts, texts)
 def test_trained_tokens_decode_to_the_response_and_one_end_of_text(tokenizers, prompt, response):
     assume(response.strip() and len(prompt.encode()) < 400)
-    for tokenizer in tokenizers.values():
-        for asked in (prompt, (Turn("user", prompt),)):
-            ((row,),), _ = encode([Feedback(asked, response, True)], tokenizer)
-            before = tokenizer.prompt_ids(asked) or [tokenizer.eot]
-            answer = tokenizer.encode(response) + [tokenizer.eot]
-            assert row.ids.tolist() == before + answer
-            assert row.mask.tolist() == [0] * len(before) + [1] * len(answer)
-            assert (row.n_prompt, row.length) == (len(before), len(answer))
-            assert tokenizer.text(row.ids[row.mask > 0]) == response
+    for tokenizer, asked in [(BYTES, prompt), (tokenizers["plain"], prompt),
+                             (tokenizers["chatml"], (Turn("user", prompt),))]:
+        ((row,),), _ = encode([Feedback(asked, response, True)], tokenizer)
+        before = tokenizer.prompt_ids(asked) or [tokenizer.eot]
+        answer = tokenizer.encode(response) + [tokenizer.eot]
+        assert row.ids.tolist() == before + answer
+        assert row.mask.tolist() == [0] * len(before) + [1] * len(answer)
+        assert (row.n_prompt, row.length) == (len(before), len(answer))
+        assert tokenizer.text(row.ids[row.mask > 0]) == response
 
 
-@needs_shared
 def test_no_token_straddles_the_border_of_prompt_and_response():
-    gpt2 = load_tokenizer(SHARED / "gpt2-bpe")
-    ((row,),), _ = encode([Feedback("Hello wor", "ld", True)], gpt2)
-    assert row.ids.tolist() == gpt2.encode("Hello wor") + gpt2.encode("ld") + [50256]
-    assert row.ids.tolist()[:-1] != gpt2.encode("Hello world")
+    tokenizer = Tokenizer(odd_encoding())
+    assert tokenizer.encode("abc") == [256]                              # one token
+    ((row,),), _ = encode([Feedback("ab", "c", True)], tokenizer)
+    assert row.ids.tolist() == [97, 98, 99, tokenizer.eot] and row.n_prompt == 2
 
 
 @given(st.integers(0, 30), st.integers(1, 30), st.integers(2, 40), st.integers(1, 40),
@@ -79,18 +77,16 @@ def test_prompts_lose_their_left_responses_their_right_and_a_cut_response_has_no
         assert counts["response cut from the right"] == (len(answer) > row.length)
 
 
-def test_a_prompt_alone_is_a_row_that_ends_where_its_answer_would_begin(tokenizers):
+def test_a_prompt_alone_is_a_row_that_ends_where_its_answer_would_begin():
     prompts = ["Question?", turns("a", "b", "c"), "", "x" * 80]
     examples = [Feedback(prompt, "", None) for prompt in prompts]
     for how in ({}, dict(add_eot=False), dict(turns="all"), dict(turns="segment")):
-        for tokenizer in (BYTES, tokenizers["plain"]):
-            units, counts = encode(examples, tokenizer, max_len=60, max_prompt_len=59, **how)
-            for (row,), prompt in zip(units, prompts, strict=True):
-                asked = tokenizer.prompt_ids(prompt) or [tokenizer.eot]
-                assert row.ids[:row.n_prompt].tolist()[-50:] == asked[-50:] and row.n_prompt < 60
-                assert row.response.tolist() == [tokenizer.eot] and row.desirable is None
-            assert counts == {"read": 4, "prompt cut from the left": 1, "prompts alone": 4,
-                              "prompts": 4}
+        units, counts = encode(examples, BYTES, max_len=60, max_prompt_len=59, **how)
+        for (row,), prompt in zip(units, prompts, strict=True):
+            asked = BYTES.prompt_ids(prompt) or [BYTES.eot]
+            assert row.ids[:row.n_prompt].tolist() == asked[-59:] and row.desirable is None
+            assert row.response.tolist() == [BYTES.eot]
+        assert counts["prompts alone"] == 4
 
 
 def test_what_is_dropped_or_odd_is_counted():
@@ -102,11 +98,10 @@ def test_what_is_dropped_or_odd_is_counted():
     counts = counted(("Q", "A", True), ("Q", "A", True), ("Q", "A", False), ("P", "A", True))
     assert counts == {"read": 4, "desirable": 3, "undesirable": 1, "duplicates (kept)": 1,
                       "prompts": 2, "prompts with both labels": 1}
-    assert counted(("ab", "c", True), ("a", "bc", True))["duplicates (kept)"] == 0   # the border
     cut = counted(("1 same end", "A", True), ("2 same end", "B", False), max_prompt_len=8)
     assert cut["prompts"] == cut["prompts with both labels"] == 1        # as the model sees them
     units, counts = encode([Pair("Q", "A", "A"), Pair("Q", "A", "B", target=" ")], BYTES)
-    assert len(units) == 1 and len(units[0]) == 2
+    assert [len(unit) for unit in units] == [2]
     assert counts == {"read": 2, "dropped: chosen is rejected": 1, "pairs": 1, "prompts": 1}
 
 
@@ -116,18 +111,13 @@ def test_train_prompt_trains_all_but_the_very_first_token():
 
 
 def test_rows_know_the_scores_of_their_side_and_cannot_be_changed():
-    pair = Pair("Q", "A", "B", 2.0, 1.0, 0.75, 0.25, target="C")
-    (unit,), _ = encode([pair], BYTES)
-    assert [row.score for row in unit] == [2.0, 1.0, None]
-    assert [row.win_prob for row in unit] == [0.75, 0.25, None]
-    assert [row.desirable for row in unit] == [True, False, True]
+    (unit,), _ = encode([Pair("Q", "A", "B", 2.0, 1.0, 0.75, 0.25, target="C")], BYTES)
+    known = [(row.score, row.win_prob, row.desirable) for row in unit]
+    assert known == [(2.0, 0.75, True), (1.0, 0.25, False), (None, None, True)]
     for row in (unit[0], mismatched(unit[0], unit[1], 12), *data.length_desensitised(unit, 0.5)):
-        assert row.ids.dtype == np.int32 and row.mask.dtype == np.float32
         for array in (row.ids, row.mask):
             with pytest.raises(ValueError):
                 array[0] = 1
-        with pytest.raises(dataclasses.FrozenInstanceError):
-            row.mask = None
 
 
 # --- several turns --------------------------------------------------------------------------------
@@ -137,30 +127,25 @@ def test_a_conversations_ids_are_the_templates_and_its_mask_the_turns_asked_for(
         ids, _ = tokenizer.conversation(ASK + GO)
         every = ["a1#", "a2#", "a3#", "a4#"]
         for how, first, runs in [("last", "a2", ["a4#"]), ("all", "a1", every)]:
-            ((row,),), counts = encode([Feedback(ASK, GO, False)], tokenizer, turns=how)
+            ((row,),), _ = encode([Feedback(ASK, GO, False)], tokenizer, turns=how)
             assert row.ids.tolist() == ids and trained_runs(row, tokenizer) == runs
             assert tokenizer.decode(row.response).startswith(first)
-            assert counts == {"read": 1, "undesirable": 1, "prompts": 1}
         # a response of one turn: "all" also trains the answers in its prompt
         ((row,),), _ = encode([Feedback(ASK, "a2", True)], tokenizer, turns="all")
         assert trained_runs(row, tokenizer) == ["a1#", "a2#"]
-        ((row,),), _ = encode([Feedback(ASK, "a2", True)], tokenizer)
-        assert row.ids[:row.n_prompt].tolist() == tokenizer.prompt_ids(ASK)
-        assert trained_runs(row, tokenizer) == ["a2#"]
 
 
-@pytest.mark.parametrize("how, segment, runs", [
-    ("last", None, ["a4#"]), ("all", None, ["a2#", "a3#", "a4#"]), ("segment", (0, 1), ["a2#"]),
-    ("segment", (1, 2), ["a3#"]), ("segment", (1, 3), ["a3#", "a4#"])])
-def test_both_sides_of_a_pair_are_trained_after_their_shared_prompt(tokenizers, how, segment, runs):
+def test_both_sides_of_a_pair_are_trained_after_their_shared_prompt(tokenizers):
     other = tuple(turn._replace(content=turn.content.replace("a", "b")) for turn in GO)
+    cases = [("last", None, ["a4#"]), ("all", None, ["a2#", "a3#", "a4#"]),
+             ("segment", (0, 1), ["a2#"]), ("segment", (1, 3), ["a3#", "a4#"])]
     for tokenizer in tokenizers.values():
-        pair = Pair(ASK, GO, other, segment=segment)
-        ((chosen, rejected),), _ = encode([pair], tokenizer, turns=how)
-        assert trained_runs(chosen, tokenizer) == runs
-        assert trained_runs(rejected, tokenizer) == [run.replace("a", "b") for run in runs]
-        assert chosen.prompt_key == rejected.prompt_key and chosen.mask[-1] == 1
-        assert tokenizer.decode(chosen.response).startswith("a2")
+        for how, segment, runs in cases:
+            pair = Pair(ASK, GO, other, segment=segment)
+            ((chosen, rejected),), _ = encode([pair], tokenizer, turns=how)
+            assert trained_runs(chosen, tokenizer) == runs
+            assert trained_runs(rejected, tokenizer) == [run.replace("a", "b") for run in runs]
+            assert chosen.prompt_key == rejected.prompt_key and chosen.mask[-1] == 1
         (unit,), _ = encode([Pair(ASK, GO[:1], GO, target="c")], tokenizer)    # of one and of five
         assert len({row.prompt_key for row in unit}) == 1
         assert [trained_runs(row, tokenizer) for row in unit] == [["a2#"], ["a4#"], ["c#"]]
@@ -171,11 +156,10 @@ def test_trained_turns_are_exactly_the_assistants_texts_whatever_they_spell(toke
     assume(all(content.strip() for content in contents[::2]))
     example = Feedback(turns("Q"), turns(*contents, first="assistant"), True)
     for tokenizer, ends in ((BYTES, 3), (tokenizers["trim"], 6)):
-        for how, wanted in (("last", contents[4:]), ("all", contents[::2])):
-            ((row,),), _ = encode([example], tokenizer, turns=how, max_len=4000)
-            ids = [[*tokenizer.encode(content), tokenizer.eot] for content in wanted]
-            assert row.ids[row.mask > 0].tolist() == sum(ids, [])
-            assert (row.ids == tokenizer.eot).sum() == ends              # no text that spells one
+        ((row,),), _ = encode([example], tokenizer, turns="all", max_len=4000)
+        ids = [[*tokenizer.encode(content), tokenizer.eot] for content in contents[::2]]
+        assert row.ids[row.mask > 0].tolist() == sum(ids, [])
+        assert (row.ids == tokenizer.eot).sum() == ends                  # no text that spells one
 
 
 def test_a_continuation_that_was_cut_has_no_end_but_its_earlier_turns_do(tokenizers):
@@ -200,14 +184,14 @@ def test_a_continuation_is_cut_from_the_right_and_dropped_where_nothing_trained_
 
 def test_blank_or_equal_turns_are_dropped_where_they_would_be_trained():
     blank = (*GO[:2], Turn("assistant", " \n"))
-    for example in (Feedback(ASK, blank, True), Pair(ASK, GO, blank), Pair(ASK, blank, "x")):
-        assert encode([example], BYTES) == ([], {"read": 1, "dropped: empty response": 1})
     early = Feedback(turns("Q", "", "Q"), "A", True)
-    assert len(encode([early], BYTES)[0]) == 1 and not encode([early], BYTES, turns="all")[0]
-    other = (*GO[:2], Turn("assistant", "else"))
-    for segment, kept in (((0, 1), 0), ((0, 2), 1)):                 # equal up to the second turn
-        pair = Pair(ASK, GO[:3], other, segment=segment)
-        assert len(encode([pair], BYTES, turns="segment")[0]) == kept
+    other = (*GO[:2], Turn("assistant", "else"))                 # equal up to the second turn
+    for example, how, kept in [
+            (Feedback(ASK, blank, True), "last", 0), (Pair(ASK, GO, blank), "last", 0),
+            (early, "last", 1), (early, "all", 0),
+            (Pair(ASK, GO[:3], other, segment=(0, 1)), "segment", 0),
+            (Pair(ASK, GO[:3], other, segment=(0, 2)), "segment", 1)]:
+        assert len(encode([example], BYTES, turns=how)[0]) == kept
 
 
 def test_a_response_may_begin_with_tool_calls(tokenizers):
@@ -218,36 +202,22 @@ def test_a_response_may_begin_with_tool_calls(tokenizers):
 
 
 def test_what_cannot_be_encoded_is_one_line_that_names_the_row(tmp_path):
-    counting = "{{ messages | length }}{% for m in messages %}|{{ m.content }}</s>{% endfor %}"
-    counting = load_tokenizer(hf_folder(tmp_path / "counting", counting))
-    asking = ("{% for m in messages %}{{ m.content }}</s>{% endfor %}"
-              "{% if add_generation_prompt %}?{% endif %}")
-    asking = load_tokenizer(hf_folder(tmp_path / "asking", asking))
+    one_by_one = "{% for m in messages %}{{ m.content }}</s>{% endfor %}"
+    count = "{{ messages | length }}" + one_by_one
+    counting = load_tokenizer(hf_folder(tmp_path / "counting", count))
+    ask = one_by_one + "{% if add_generation_prompt %}?{% endif %}"
+    asking = load_tokenizer(hf_folder(tmp_path / "asking", ask))
     call = Turn("assistant", "", '{"tool_calls": [1]}')
     for example, tokenizer, how in [
             (Feedback(turns("Q"), (call, *GO[1:3]), True, where="f: 2"), asking, "last"),
             (Pair(ASK, GO, GO[:3], where="f: 2"), BYTES, "segment"),                # no segment
             (Pair(ASK, GO, GO[:3], segment=(0, 3), where="f: 2"), BYTES, "segment"),
-            (Pair(ASK, "A", GO, segment=(1, 2), where="f: 2"), BYTES, "segment"),
             (Feedback(ASK, GO, True, where="f: 2"), BYTES, "segment"),
             (Feedback("Q", GO, True, where="f: 2"), BYTES, "last"),       # turns after a text
             (Pair(ASK, GO, GO[:3], where="f: 2"), counting, "last")]:     # the prompt in two ways
         with pytest.raises(SystemExit) as stop:
             encode([example], tokenizer, turns=how)
         assert str(stop.value).startswith("f: 2: ") and "\n" not in str(stop.value)
-    for how in (dict(turns="first"), dict(max_len=1), dict(max_prompt_len=0)):
-        with pytest.raises(ValueError):
-            encode([Feedback("Q", "A", True)], BYTES, **how)
-
-
-def test_the_worlds_sessions_train_the_segment_only():
-    import world
-    tokenizer, sessions = Tokenizer(world.tokenizer()), world.sessions(20, 0)
-    units, _ = encode([parse(session)[1][0] for session in sessions], tokenizer, turns="segment")
-    for session, unit in zip(sessions, units, strict=True):
-        for side, row in zip(("chosen", "rejected"), unit, strict=True):
-            assert tokenizer.text(row.ids[row.mask > 0]) == session[side][0]["content"]
-            assert row.ids[-1] == tokenizer.eot
 
 
 def test_length_desensitising_counts_trained_tokens_wherever_they_stand():
@@ -270,7 +240,7 @@ def test_mismatched_keeps_the_prompt_and_cuts_the_response_to_fit():
 
 def test_mismatched_units_pair_every_row_with_another_prompts_response_drawn_by_the_seed():
     units = [(make_row([i % 9], [100 + i, 7]),) for i in range(40)]
-    drawn = {}
+    drawn = []
     for seed in (0, 1):
         both = data.mismatched_units(units, seed=seed, max_len=5)
         assert [y for y, _ in both] == [y for (y,) in units]
@@ -278,10 +248,8 @@ def test_mismatched_units_pair_every_row_with_another_prompts_response_drawn_by_
         assert sorted(partners) == list(range(40))
         for i, (row, other) in enumerate(both):
             assert other.prompt_key == row.prompt_key and partners[i] % 9 != i % 9
-        drawn[seed] = partners
+        drawn.append(partners)
     assert drawn[0] != drawn[1]
-    again = data.mismatched_units(units, seed=0, max_len=5)
-    assert [int(other.ids[1]) - 100 for _, other in again] == drawn[0]
     with pytest.raises(ValueError, match="two distinct prompts"):
         data.mismatched_units(units[::9], seed=0, max_len=5)
 
@@ -291,7 +259,6 @@ groups = st.lists(st.integers(1, 12), min_size=2, max_size=6).flatmap(    # size
 
 
 @given(groups)
-@settings(max_examples=300)
 def test_a_partner_never_has_the_same_prompt_and_each_serves_as_often_as_can_be(prompts):
     partners = mismatch(prompts)
     assert all(prompts[i] != prompts[j] for i, j in enumerate(partners))
@@ -304,14 +271,6 @@ def test_a_partner_never_has_the_same_prompt_and_each_serves_as_often_as_can_be(
         assert max(uses) - min(uses) <= 1 and sum(uses) == m
 
 
-def test_small_cases_of_mismatch():
-    assert mismatch(["a", "b", "c"]) == [1, 2, 0]       # reversal would pair b with itself
-    assert mismatch("aabc") == [2, 3, 0, 1]             # a turn by 1 would pair a with a
-    for prompts in (["x"], ["x"] * 5, []):
-        with pytest.raises(ValueError, match="two distinct prompts"):
-            mismatch(prompts)
-
-
 @given(st.integers(1, 10 ** 6), st.integers(1, 10 ** 6), st.floats(1, 1.5))
 def test_lambda_weights_reach_the_ratio_and_the_smaller_is_one(n_d, n_u, ratio):
     lambda_d, lambda_u = lambda_weights(n_d, n_u, ratio=ratio)
@@ -321,29 +280,23 @@ def test_lambda_weights_reach_the_ratio_and_the_smaller_is_one(n_d, n_u, ratio):
 
 def test_lambda_weights_of_the_paper_of_an_empty_class_and_of_a_bad_ratio():
     assert lambda_weights(1, 10) == (pytest.approx(40 / 3), 1.0)
-    assert lambda_weights(10, 1) == (1.0, 7.5)
     assert lambda_weights(0, 5) == lambda_weights(5, 0) == (1.0, 1.0)
-    for ratio in (0.99, 1.51, float("nan"), float("inf")):
-        for counts in ((3, 4), (0, 4)):
-            with pytest.raises(ValueError, match="3/2"):
-                lambda_weights(*counts, ratio=ratio)
+    for ratio in (0.99, 1.51, float("nan")):
+        with pytest.raises(ValueError, match="3/2"):
+            lambda_weights(3, 4, ratio=ratio)
 
 
 # --- batches and flat rows ------------------------------------------------------------------------
 
 @given(st.integers(1, 60), st.integers(1, 12), st.integers(0, 3))
 def test_every_row_comes_once_per_epoch_in_an_order_of_seed_and_step_alone(n, size, seed):
-    per_epoch = data.steps_per_epoch(n, size)
-    steps = list(range(3 * per_epoch))
+    steps = list(range(data.steps_per_epoch(n, size)))
     forward = [data.batch_rows(n, size, seed=seed, step=step) for step in steps]
-    for epoch in range(3):
-        batches = forward[epoch * per_epoch:(epoch + 1) * per_epoch]
-        assert sorted(sum(batches, [])) == list(range(n))
-        assert [len(batch) for batch in batches[:-1]] == [size] * (per_epoch - 1)
-    random.Random(0).shuffle(steps)                                  # another order, other seeds
+    assert sorted(sum(forward, [])) == list(range(n))
+    assert {len(batch) for batch in forward[:-1]} <= {size}
     data.epoch_order.cache_clear()
-    for step in steps:
-        random.seed(step), np.random.seed(step)
+    np.random.seed(n)                                                    # nobody else's numbers
+    for step in reversed(steps):
         assert data.batch_rows(n, size, seed=seed, step=step) == forward[step]
 
 
@@ -366,50 +319,43 @@ def test_token_batches_cover_every_item_within_the_budget_and_no_earlier_than_ne
     assert list(data.token_batches([(row, row) for row in rows], 2 * budget)) == parts
 
 
-@st.composite
-def rows_with_weights(draw):
-    """Groups of one to three rows with one prompt; each response token with its own weight."""
-    rows, tokens, weights = [], st.integers(0, 255), st.sampled_from([0.0, 0.5, 1.0, 2.0])
-    for _ in range(draw(st.integers(1, 4))):
-        prompt = draw(st.lists(tokens, min_size=1, max_size=4))
-        for _ in range(draw(st.integers(1, 3))):
-            response = draw(st.lists(tokens, min_size=1, max_size=5))
-            trained = draw(st.lists(weights, min_size=len(response), max_size=len(response)))
-            rows.append(make_row(prompt, response, trained=trained))
+def some_rows(rng):
+    """Rows of which neighbours often share a prompt; each response token has its own weight."""
+    rows = []
+    for _ in range(rng.randint(1, 9)):
+        response = rng.choices(range(256), k=rng.randint(1, 5))
+        weights = rng.choices([0.0, 0.5, 1.0, 2.0], k=len(response))
+        rows.append(make_row(rng.choice([[7], [7, 8, 9]]), response, trained=weights))
     return rows
 
 
-@given(rows_with_weights(), st.booleans())
-def test_flatten_is_the_naive_loop_over_rows_and_tokens(rows, share):
-    flat = flatten(rows, share=share)
-    tokens, expected, sums = [], [], [0.0] * len(rows)
-    for b, row in enumerate(rows):
-        shared = share and b > 0 and data.may_share(rows[b - 1], row)
-        if not shared:
-            prompt_end = len(tokens) + row.n_prompt - 1
-        for t, token in enumerate(row.ids.tolist()):
-            if row.mask[t]:
-                before = prompt_end if t == row.n_prompt else len(tokens) - 1
-                sums[b] += row.mask[t] * len(expected)         # the k-th "log-prob" is k
-                expected.append((before, token, row.mask[t], b))
-            if not shared or t >= row.n_prompt:
-                tokens.append((token, t))
-    assert list(zip(flat.ids.tolist(), flat.positions.tolist())) == tokens
-    found = (flat.predict, flat.targets, flat.mask, flat.sequence)
-    assert list(zip(*(column.tolist() for column in found))) == expected
-    assert flat.ids.dtype == flat.predict.dtype == flat.targets.dtype == torch.int64
-    assert sum(np.sum(length) for length in flat.lengths) == len(tokens)
-    assert flat.sums(torch.arange(len(expected), dtype=torch.float64)).tolist() == sums
+def test_flatten_is_the_naive_loop_over_rows_and_tokens():
+    rng = random.Random(0)
+    for trial in range(100):
+        rows, share = some_rows(rng), trial % 2 == 1
+        flat = flatten(rows, share=share)
+        tokens, expected, sums = [], [], [0.0] * len(rows)
+        for b, row in enumerate(rows):
+            shared = share and b > 0 and row.prompt_key == rows[b - 1].prompt_key
+            if not shared:
+                prompt_end = len(tokens) + row.n_prompt - 1
+            for t, token in enumerate(row.ids.tolist()):
+                if row.mask[t]:
+                    before = prompt_end if t == row.n_prompt else len(tokens) - 1
+                    sums[b] += row.mask[t] * len(expected)         # the k-th "log-prob" is k
+                    expected.append((before, token, row.mask[t], b))
+                if not shared or t >= row.n_prompt:
+                    tokens.append((token, t))
+        assert list(zip(flat.ids.tolist(), flat.positions.tolist())) == tokens
+        found = (flat.predict, flat.targets, flat.mask, flat.sequence)
+        assert list(zip(*(column.tolist() for column in found))) == expected
+        assert flat.sums(torch.arange(len(expected), dtype=torch.float64)).tolist() == sums
 
 
 def test_rows_with_one_prompt_share_it_unless_it_trains():
     rows = [make_row([1, 2], [3]), make_row([1, 2], [4, 5]), make_row([1, 2], [6]),
             make_row([1, 3], [7]), make_row([1, 3], [7], train_prompt=True)]
-    flat = flatten(rows, share=True)
-    assert flat.lengths == [(2, 1, 2, 1), 3, 3]
-    assert flat.ids.tolist() == [1, 2, 3, 4, 5, 6, 1, 3, 7, 1, 3, 7]
-    assert flat.positions.tolist() == [0, 1, 2, 2, 3, 2, 0, 1, 2, 0, 1, 2]
-    assert flat.predict.tolist() == [1, 1, 3, 1, 7, 9, 10]
+    assert flatten(rows, share=True).lengths == [(2, 1, 2, 1), 3, 3]
     assert flatten(rows).lengths == [3, 4, 3, 3, 3]
 
 
@@ -427,7 +373,7 @@ def test_sums_are_added_up_in_float64_whatever_the_log_probs_are():
 
 # --- python data.py FILE --------------------------------------------------------------------------
 
-def test_showing_a_file_prints_prompt_trained_tokens_and_partner(tmp_path, capsys, monkeypatch):
+def test_showing_labels_prints_prompt_trained_tokens_and_partner(tmp_path, capsys, monkeypatch):
     path = tmp_path / "f.jsonl"
     write(path, {"q": "Why?", "completion": "Vents.", "label": True},
           {"q": "Loud?", "completion": "Fans.", "label": False, "truncated": True})
@@ -440,31 +386,21 @@ def test_showing_a_file_prints_prompt_trained_tokens_and_partner(tmp_path, capsy
              "  ~ Fans. (cut: no end)\n")
     assert block in shown and "  - Fans. (cut: no end)\n" in shown and "\033" not in shown
     monkeypatch.setenv("FORCE_COLOR", "1")
-    show.main([str(path), "--columns", "prompt=q"])
+    show.main([str(path), "--columns", "prompt=q", "--max_len", "9", "--max_prompt_len", "4"])
     shown = capsys.readouterr().out
-    for text in ("[90mWhy?", "[32mVents.", "[31mFans.", "[34mFans."):
+    for text in ("[90mWhy?", "[32mVents", "[31mFans.", "[34mFans."):
         assert f"\033{text}\033[0m" in shown
 
 
-def test_showing_pairs_and_settings(tmp_path, capsys):
-    def shown(*how):
-        show.main([str(path), *how])
-        return capsys.readouterr().out
-
-    chat, path = [{"role": "user", "content": "Q"}], tmp_path / "f.jsonl"
-    long = [{"role": turn.role, "content": turn.content} for turn in GO[:3]]
-    write(path, {"prompt": chat, "chosen": long, "rejected": "B",
+def test_showing_pairs_prints_the_trained_turns_of_both_sides(tmp_path, capsys):
+    path = tmp_path / "f.jsonl"
+    chat = [{"role": turn.role, "content": turn.content} for turn in (*turns("Q"), *GO[:3])]
+    write(path, {"prompt": chat[:1], "chosen": chat[1:], "rejected": "B",
                  "segment": {"start": 0, "end": 1}})
-    pairs = shown("--paired")
-    assert "    Assistant:\n    \n  + a3 <end>\n  rejected, " in pairs and "y'" not in pairs
-    assert "\n  + a2 <end>\n  rejected, " in shown("--paired", "--turns", "segment")
-    write(path, *({"prompt": f"question {i}", "text": "abcdef", "reward": i} for i in range(3)))
-    cut = shown("--threshold", "1", "--max_prompt_len", "4", "--max_len", "9", "--batch_size", "2",
-                "--add_eot", "false")
-    assert "desirable 1 | undesirable 2" in cut and "prompt cut from the left 3" in cut
-    assert cut.count("able, 4 prompt + 5 trained tokens") == 2
+    show.main([str(path), "--paired", "--turns", "segment"])
+    shown = capsys.readouterr().out
+    assert "\n  + a2 <end>\n  rejected, " in shown and "y'" not in shown
     write(path, {"prompt": "Q", "completion": "A", "label": True})
-    assert "y'" not in shown()                                           # a single prompt
     for how in (["--paired"], ["--max_len", "1"]):
         with pytest.raises(SystemExit, match=how[0]):
-            shown(*how)
+            show.main([str(path), *how])

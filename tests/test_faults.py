@@ -49,12 +49,15 @@ def steps_of(out):
 
 
 def same_end(one, other):
-    """The same bytes, the same metrics, and nothing half."""
-    for out in (one, other):
-        assert not list(out.rglob("*.tmp"))
+    """The same bytes, of stages and of tables too; the same metrics; nothing half."""
     assert steps_of(one) == steps_of(other)
-    file = "model/model.safetensors"
-    assert (one / file).read_bytes() == (other / file).read_bytes()
+    assert not [*one.rglob("*.tmp"), *other.rglob("*.tmp")]
+    files = [*one.glob("model/*.safetensors"), *one.glob("stage-*/*.safetensors"),
+             *one.glob("*.safetensors")]
+    assert one / "model/model.safetensors" in files
+    for path in files:
+        file = path.relative_to(one)
+        assert (one / file).read_bytes() == (other / file).read_bytes(), file
 
 
 @pytest.fixture(scope="module")
@@ -240,7 +243,7 @@ def finished_steps(out):
 
 
 def kill_at_random(lab, folder, loss, place, rng):
-    """One run, killed in `place` (None: anywhere); another goes on.   -> where it was hit"""
+    """A run is killed in `place` (None: anywhere) and goes on.   -> where it was hit"""
     def words(out, *more):
         return words_of(lab, out, loss, *KILLED[loss], "--save_every", 2, *more)
 

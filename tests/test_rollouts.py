@@ -75,41 +75,39 @@ def test_rollouts_measure_what_separate_forwards_measure():
     objective, both = ppo_of()
     seen = objective.rollouts(both, step=3)
     known, reference = seen.known, objective.reference.model
-    ref_logps = torch.zeros_like(known["returns"])
-    texts = [], []
-    entropies = 0.0
+    on = known["mask"]
+    ref_logps, entropies = torch.zeros_like(known["returns"]), torch.zeros_like(known["returns"])
+    prompts, responses = [], []
     for i, row in enumerate(seen.rows):
         ids = torch.tensor(row.ids.astype(np.int64))
         start, length = row.n_prompt, len(row.response)
         assert len(row.ids) == 12 or row.ids[-1] == BYTES.eot        # max_len, prompt included
-        assert known["mask"][i].tolist() == [t < length for t in range(known["mask"].shape[1])]
+        assert on[i].tolist() == [t < length for t in range(on.shape[1])]
         flat = ids, torch.arange(len(ids)), [len(ids)]
         before = torch.arange(start - 1, len(ids) - 1)
         every_logp = both.policy(*flat).log_softmax(-1)[before].detach()
-        entropies -= float((every_logp.exp() * every_logp).sum())
+        entropies[i, :length] = -(every_logp.exp() * every_logp).sum(1)
         logps = every_logp.gather(1, ids[start:, None])[:, 0]
-        close(known["old_token_logps"][i, :length], logps, 1e-10)   # sums in another order
+        close(known["old_token_logps"][i, :length], logps, 1e-10)    # sums in another order
         ref_logps[i, :length] = reference(*flat).log_softmax(-1)[before, ids[start:]].detach()
-        hidden = both.critic.trunk.hidden(*flat, before)         # the state BEFORE the token
+        hidden = both.critic.trunk.hidden(*flat, before)             # the state BEFORE the token
         values = both.critic.score(hidden)[:, 0]
         close(known["old_values"][i, :length], values.detach(), 1e-10)
-        texts[0].append(BYTES.text(row.ids[:start]))
-        texts[1].append(BYTES.text(row.response))
-    scores = torch.tensor(vowels(*texts), dtype=F64)
-    rewards = ppo.token_rewards(scores, known["old_token_logps"], ref_logps, known["mask"],
-                                kl_coef=0.3)
-    advantages, returns = ppo.gae(rewards, known["old_values"], known["mask"], lam=0.9)
+        prompts.append(BYTES.text(row.ids[:start]))
+        responses.append(BYTES.text(row.response))
+    scores = torch.tensor(vowels(prompts, responses), dtype=F64)
+    logps, values = known["old_token_logps"], known["old_values"]
+    rewards = ppo.token_rewards(scores, logps, ref_logps, on, kl_coef=0.3)
+    advantages, returns = ppo.gae(rewards, values, on, lam=0.9)
     close(known["returns"], returns, 1e-10)
-    close(known["advantages"], ppo.whiten(advantages, known["mask"]), 1e-9)
-    kl = float(((known["old_token_logps"] - ref_logps) * known["mask"]).sum()) / 6
-    ended = sum(row.ids[-1] == BYTES.eot for row in seen.rows)
-    on = known["mask"]
-    k3 = ppo.kl_estimates(known["old_token_logps"][on], ref_logps[on])[2]
-    explained = rollouts.explained_variance(known["old_values"][on], known["returns"][on])
+    close(known["advantages"], ppo.whiten(advantages, on), 1e-9)
+    kl = float(((logps - ref_logps) * on).sum()) / 6
+    k3 = float(ppo.kl_estimates(logps[on], ref_logps[on])[2].sum()) / 6
     wanted = {"reward": float(scores.mean()), "objective": float(scores.mean()) - 0.3 * kl,
-              "kl/k1": kl, "length": float(known["mask"].sum()) / 6, "ended": ended / 6,
-              "entropy": entropies / float(on.sum()), "kl/k3": float(k3.sum()) / 6,
-              "explained_variance": explained}
+              "kl/k1": kl, "kl/k3": k3, "length": float(on.sum()) / 6,
+              "ended": np.mean([row.ids[-1] == BYTES.eot for row in seen.rows]),
+              "entropy": float(entropies[on].mean()),
+              "explained_variance": rollouts.explained_variance(values[on], returns[on])}
     assert {name: seen.stats[name] for name in wanted} == pytest.approx(wanted, abs=1e-9)
 
 
@@ -173,7 +171,7 @@ def on_processes(monkeypatch, size, work):
 def test_processes_that_share_the_work_hold_the_experience_of_one(monkeypatch):
     objective, both = ppo_of()
     alone = objective.rollouts(both, 0)
-    for size in (2, 4, 8):                               # 8: more than there are rows
+    for size in (2, 8):                                  # 8: more than there are rows
         for seen in on_processes(monkeypatch, size, lambda rank: objective.rollouts(both, 0)):
             assert all(same_rows(seen, alone))
             for name, table in alone.known.items():
@@ -201,37 +199,9 @@ def test_responses_pass_through_the_table_as_they_were(monkeypatch):
     def work(rank):
         return rollouts.answers(Writer(), [[1]] * 5, BYTES, max_len=4, seed=0)
 
-    for size in (1, 2, 7):
+    for size in (2, 7):
         for written in on_processes(monkeypatch, size, work):
             assert written == [[0], [0] * 4, [0], [0] * 4, [0]]
-
-
-def flips(samples, others):
-    """(rows that part, tokens up to there): what follows is drawn after another text."""
-    parted, drawn = 0, 0
-    for a, b in zip(samples, others, strict=True):
-        same = [x == y for x, y in zip(a, b)]
-        parted += not all(same)
-        drawn += len(a) if all(same) else same.index(False) + 1
-    return np.array([parted, drawn])
-
-
-def test_hardly_a_token_flips_when_prompts_are_sampled_in_other_batches():
-    """float64: none. float32: 1 in 363,632 when counted over 30 seeds, so that one in the 1,900
-    here is unlikely (.005), and two are a defect. bfloat16 (18 in 8,517) shows that flips are seen.
-    """
-    for dtype, most in ((F64, 0), (torch.float32, 1), (torch.bfloat16, None)):
-        policy, counted = toy(dtype=dtype), np.zeros(2)
-        for seed in range(5):
-            rng = np.random.default_rng(seed)
-            prompts = [rng.integers(257, size=rng.integers(1, 9)).tolist() for _ in range(32)]
-            together = policy.generate(prompts, eot=256, max_new_tokens=15, seed=seed)
-            for part in ([0], [1], *np.array_split(rng.permutation(32), 7)):
-                alone = policy.generate([prompts[i] for i in part], numbers=list(map(int, part)),
-                                        eot=256, max_new_tokens=15, seed=seed)
-                counted += flips([together[i] for i in part], alone)
-        assert counted[1] > 1_500
-        assert counted[0] > 0 if most is None else counted[0] <= most
 
 
 # --- the objective --------------------------------------------------------------------------------
@@ -261,7 +231,7 @@ def test_any_split_of_a_minibatch_gives_the_same_updates(monkeypatch):
     monkeypatch.setattr(parallel, "size", 1)
     weights, line = one_step(*ppo_of(clip=0.05))
     assert line["updates"] == 4 and line["kl/old"] > 0 and 0 < line["clip_fraction"] < 1
-    for split in ((1, 1), (2, 1), (0, 2), (1, 4)):
+    for split in ((1, 1), (0, 2), (1, 4)):
         other, other_line = one_step(*ppo_of(clip=0.05), *split)
         close(other, weights, 1e-11)                     # sums in another order
         assert other_line == pytest.approx(line, abs=1e-10)
@@ -291,8 +261,8 @@ def test_the_first_update_starts_at_pi_old_and_first_look_says_so():
 def test_updates_stop_after_the_first_one_that_went_too_far():
     """Each report is fed a KL by hand. The LAST update's counts, not the mean of all so far."""
     objective, both = ppo_of(target_kl=0.02)
-    for kls, wanted in (([0.01, 0.03, 0.01, 0.01], 2), ([0.01, 0.01, 0.01, 0.025], 4),
-                        ([0.0, 0.0, 0.021, 0.0], 3), ([0.01] * 4, 4)):
+    for kls, wanted in (([0.01, 0.03, 0.01, 0.01], 2), ([0.0, 0.0, 0.021, 0.0], 3),
+                        ([0.01] * 4, 4)):
         tokens, kl_sum = 0, 0.0                          # of this step alone
         for batch, kl in zip(objective.batches(both, 0), kls):
             sums = {"loss": 2.0 * batch.n, "tokens": batch.n, "clipped": 0.0, "kl": kl * batch.n}
@@ -365,38 +335,34 @@ def test_accuracy_counts_a_tie_as_half_and_a_third_response_not_at_all(monkeypat
     assert found == {"accuracy": 2.5 / 4, "margin": 0.25, "n": 4}
 
 
-def tiny_hf(folder, kind, vocab=61):
-    from transformers import AutoConfig, AutoModelForCausalLM
+def tiny_llama(folder, vocab):
+    from transformers import LlamaConfig, LlamaForCausalLM
     torch.manual_seed(0)
-    shape = dict(hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
-                 num_key_value_heads=2, max_position_embeddings=32, eos_token_id=5, pad_token_id=5)
-    if kind == "gpt2":
-        shape = dict(n_embd=16, n_layer=2, n_head=2, n_positions=32, bos_token_id=5,
-                     eos_token_id=5)
-    config = AutoConfig.for_model(kind, vocab_size=vocab, **shape)
-    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    config = LlamaConfig(
+        vocab_size=vocab, hidden_size=16, intermediate_size=32, num_hidden_layers=2,
+        num_attention_heads=2, num_key_value_heads=2, max_position_embeddings=32, eos_token_id=5,
+        pad_token_id=5)
+    LlamaForCausalLM(config).save_pretrained(folder)
 
 
 def test_a_hugging_face_reward_model_is_a_sequence_classifier_for_transformers(tmp_path):
     from transformers import AutoModelForSequenceClassification
-    for kind in ("gpt2", "llama"):
-        lm, saved = tmp_path / kind / "lm", tmp_path / kind / "rm"
-        tiny_hf(lm, kind)
-        with pytest.raises(SystemExit, match="without a reward head"):
-            rollouts.RewardModel.load(lm)
-        reward_model = rollouts.RewardModel.load(lm, new=True)
-        assert reward_model.flat and (rollouts.rewards_of(reward_model, ROWS) == 0).all()
-        reward_model.trunk.lm.classifier.score.weight.data.normal_()
-        rewards = rollouts.rewards_of(reward_model, ROWS)
-        reward_model.save(saved)
-        theirs = AutoModelForSequenceClassification.from_pretrained(saved).eval()
-        for row, reward in zip(ROWS, rewards):           # one at a time: no pads
-            with torch.no_grad():
-                logits = theirs(torch.tensor(row.ids.astype(np.int64))[None]).logits
-            close(logits[0, 0].double(), reward, 1e-5)   # float32, as below
-        close(rollouts.rewards_of(rollouts.RewardModel.load(saved), ROWS), rewards, 1e-6)
-        reward_model.trunk.flat = False                  # the padded way gives the same
-        close(rollouts.rewards_of(reward_model, ROWS), rewards, 1e-5)
+    tiny_llama(tmp_path / "lm", vocab=61)
+    with pytest.raises(SystemExit, match="without a reward head"):
+        rollouts.RewardModel.load(tmp_path / "lm")
+    reward_model = rollouts.RewardModel.load(tmp_path / "lm", new=True)
+    assert reward_model.flat and (rollouts.rewards_of(reward_model, ROWS) == 0).all()
+    reward_model.trunk.lm.classifier.score.weight.data.normal_()
+    rewards = rollouts.rewards_of(reward_model, ROWS)
+    reward_model.save(tmp_path / "rm")
+    theirs = AutoModelForSequenceClassification.from_pretrained(tmp_path / "rm").eval()
+    for row, reward in zip(ROWS, rewards):               # one at a time: no pads
+        with torch.no_grad():
+            logits = theirs(torch.tensor(row.ids.astype(np.int64))[None]).logits
+        close(logits[0, 0].double(), reward, 1e-5)       # float32, as below
+    close(rollouts.rewards_of(rollouts.RewardModel.load(tmp_path / "rm"), ROWS), rewards, 1e-6)
+    reward_model.trunk.flat = False                      # the padded way gives the same
+    close(rollouts.rewards_of(reward_model, ROWS), rewards, 1e-5)
 
 
 # --- rewards --------------------------------------------------------------------------------------
@@ -406,9 +372,6 @@ def good(prompts, responses): return [float(len(r)) for r in responses]
 def short(prompts, responses): return [1.0]
 def nan(prompts, responses): return [float("nan")] * len(responses)
 def infinite(prompts, responses): return [1.0, float("-inf")]
-def text(prompts, responses): return ["good"] * len(responses)
-def nothing(prompts, responses): pass
-none = 3
 """
 
 
@@ -421,11 +384,9 @@ def test_a_reward_that_is_none_is_one_line_that_names_the_flag(tmp_path):
     assert rollouts.load_reward("world")([question], ["Happy to help."]) == \
         [world.utility(question, "Happy to help.")]
     toy(dtype=torch.float32).save(tmp_path / "policy", eot=256)
-    bad = [f"{file}:{name}" for name in ("short", "nan", "infinite", "text", "nothing", "none",
-                                         "absent")]
-    bad += [str(file), "wrold", "world", f"{tmp_path}/no.py:f", f"{tmp_path}/policy", str(tmp_path)]
-    for spec in bad:                                     # world: these are no questions of its own
-        with pytest.raises(SystemExit) as stopped:
+    for spec in (f"{file}:short", f"{file}:nan", f"{file}:infinite", f"{tmp_path}/no.py:f",
+                 "wrold", "world", f"{tmp_path}/policy", str(tmp_path)):
+        with pytest.raises(SystemExit) as stopped:       # world: these are no questions of its own
             rollouts.load_reward(spec)(prompts, responses)
         line = stopped.value.code
         assert "reward" in line and "\n" not in line and len(line) < 400
@@ -445,14 +406,12 @@ def test_a_reward_model_judges_rows_as_it_judges_texts(tmp_path):
         rollouts.load_reward(str(tmp_path), Tokenizer(world.tokenizer()))
     long = "x" * 19 + "why"                              # 25 tokens for a context of 24
     assert reward.row(long, "no").ids.tolist() == BYTES.encode("x" * 18 + "why" + "no") + [256]
-    Tokenizer(world.tokenizer()).save(tmp_path)
-    with pytest.raises(SystemExit, match="its embedding only 257"):
-        rollouts.load_reward(str(tmp_path))
 
 
 def test_a_reward_function_is_not_told_of_the_beginning_of_text():
     tokenizer = SimpleNamespace(bos=[7], text=list)
-    assert rollouts.prompt_text(data.make_row([7, 8], [9]), tokenizer) == [8]
+    rollouts.ask(lambda *told: told == ([[8]], [[9]]) and [0.0],
+                 [data.make_row([7, 8], [9])], tokenizer)
 
 
 def chat_reward_model(folder):
@@ -465,7 +424,7 @@ def chat_reward_model(folder):
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, bos_token="<s>", eos_token="</s>")
     tokenizer.chat_template = ("<s>{% for m in messages %}{{ m.role }}:{{ m.content }}</s> "
                                "{% endfor %}{% if add_generation_prompt %}assistant:{% endif %}")
-    tiny_hf(folder, "llama", vocab=97)
+    tiny_llama(folder, vocab=97)
     reward_model = rollouts.RewardModel.load(folder, new=True)
     reward_model.trunk.lm.classifier.score.weight.data.normal_()
     reward_model.save(folder)

@@ -28,6 +28,9 @@ CHATML = ("{% for m in messages %}<|user|>{{ m.role }}\n{{ m.content }}{% if m.t
           "{% if add_generation_prompt %}<|user|>assistant\n{% endif %}")
 LLAMA2 = ("{% for m in messages %}{% if m.role == 'assistant' %} {{ m.content }} {{ eos_token }}"
           "{% else %}{{ bos_token }}[INST] {{ m.content }} [/INST]{% endif %}{% endfor %}")
+CALLS = [{"function": {"name": "weather", "arguments": {"place": "\u00c9vry", "unit": "</s>"}}}]
+CALLS_TEXT = json.dumps(CALLS, ensure_ascii=False)
+CALL = json.dumps({"tool_calls": CALLS}, ensure_ascii=False)
 
 
 def hf_folder(folder, template=None):
@@ -58,41 +61,21 @@ def tokenizers(tmp_path_factory):
     return found
 
 
-def control_tokens(tokenizer):
-    if isinstance(tokenizer, HFTokenizer):
-        return set(tokenizer.backend.all_special_ids)
-    return {tokenizer.eot}
-
+# --- text and prompts -----------------------------------------------------------------------------
 
 @given(texts)
 def test_text_from_users_never_becomes_a_control_token(tokenizers, text):
-    for tokenizer in tokenizers.values():
+    for tokenizer in (BYTES, tokenizers["plain"]):
         ids = tokenizer.encode(text)
-        assert not control_tokens(tokenizer) & set(ids) and tokenizer.decode(ids) == text
+        assert tokenizer.decode(ids) == text and max(ids, default=0) < 256   # a token per byte
         assert tokenizer.prompt_ids(text) == tokenizer.bos + ids
         assert tokenizer.text([*ids, tokenizer.eot]) == text
-
-
-@needs_shared
-def test_gpt2s_hello_world_is_15496_995():
-    gpt2 = load_tokenizer(SHARED / "gpt2-bpe")
-    assert gpt2.encode("Hello world") == [15496, 995]
-    assert (gpt2.eot, gpt2.vocab_size, gpt2.bos) == (50256, 50257, [])
-
-
-def test_bos_comes_once_as_the_tokenizer_says(tokenizers):
-    plain, trim = tokenizers["plain"], tokenizers["trim"]
-    bos, user, answer = plain.backend.convert_tokens_to_ids(["<s>", "<|user|>", "<|assistant|>"])
-    assert plain.bos == trim.bos == [bos] and BYTES.bos == []
-    assert plain.prompt_ids("hi") == [bos, *plain.encode("hi")]
-    asked = trim.prompt_ids((Turn("user", "hi"),))                      # not a second BOS
-    assert asked == [bos, user, *trim.encode("hi"), trim.eot, answer]
 
 
 @given(st.lists(st.tuples(st.sampled_from(["user", "assistant"]), texts), min_size=1, max_size=4))
 def test_a_template_renders_contents_exactly_and_only_its_own_text_is_control(tokenizers, turns):
     trim = tokenizers["trim"]
-    wanted = [*trim.bos]
+    wanted = [trim.backend.bos_token_id]                                 # one BOS, not two
     for role, content in turns:                                          # untrimmed all the same
         role = trim.backend.convert_tokens_to_ids(f"<|{role}|>")
         wanted += [role, *trim.encode(content), trim.eot]
@@ -100,18 +83,19 @@ def test_a_template_renders_contents_exactly_and_only_its_own_text_is_control(to
     assert trim.prompt_ids(tuple(Turn(*turn) for turn in turns)) == wanted
 
 
-def test_without_a_template_a_conversation_is_named_turns(tokenizers):
+def test_without_a_template_a_conversation_is_named_turns_and_tool_calls_are_content(tokenizers):
     turns = (Turn("system", "Be brief."), Turn("user", "Hi</s>"))
     text = "System:\nBe brief.\n\nUser:\nHi</s>\n\nAssistant:\n"
     for tokenizer in (BYTES, tokenizers["plain"]):
         assert tokenizer.prompt_ids(turns) == tokenizer.bos + tokenizer.encode(text)
+    turns = (Turn("user", "Q"), Turn("assistant", "Wait.", CALL), Turn("tool", "R"))
+    text = f"User:\nQ\n\nAssistant:\nWait.\n{CALLS_TEXT}{EOT}\n\nTool:\nR\n\nAssistant:\n"
+    assert BYTES.decode(BYTES.prompt_ids(turns)) == text
+    ids, owner = BYTES.conversation((turns[0], Turn("assistant", "", CALL)))
+    assert BYTES.text([i for i, turn in zip(ids, owner) if turn == 1]) == CALLS_TEXT
 
 
-def test_the_example_in_the_docstring_of_conversation():
-    ids, owner = BYTES.conversation((Turn("user", "Why?"), Turn("assistant", "No.")))
-    assert BYTES.decode(ids) == f"User:\nWhy?\n\nAssistant:\nNo.{EOT}"
-    assert owner == [-1] * (len(ids) - 4) + [1] * 4
-
+# --- whose is a token? ----------------------------------------------------------------------------
 
 def test_a_turn_owns_its_content_and_its_end_and_nothing_else(tokenizers):
     turns = tuple(Turn(*turn) for turn in [("user", "q1"), ("assistant", "a1"), ("user", "q2"),
@@ -136,22 +120,6 @@ def test_a_template_without_an_end_of_turn_still_ends_the_last_turn(tmp_path):
     assert owner[-2:] == [1, 1]
 
 
-@pytest.mark.parametrize("template", [
-    "{% for m in messages if m.role != 'system' %}{{ m.content }}{% endfor %}",
-    "{% for m in messages %}{{ m.content[:8] }}{% endfor %}",
-    "{% for m in messages %}{{ m.content | upper }}{% endfor %}",
-    "{{ raise_exception('no system role') }}"], ids=["drops", "cuts", "changes", "refuses"])
-def test_a_template_that_loses_a_message_or_refuses_is_an_error(tmp_path, template):
-    tokenizer = load_tokenizer(hf_folder(tmp_path, template))
-    with pytest.raises(ValueError, match="chat template"):
-        tokenizer.prompt_ids((Turn("system", "Answer in French."), Turn("user", "hello world")))
-
-
-CALLS = [{"function": {"name": "weather", "arguments": {"place": "\u00c9vry", "unit": "</s>"}}}]
-CALLS_TEXT = json.dumps(CALLS, ensure_ascii=False)
-CALL = json.dumps({"tool_calls": CALLS}, ensure_ascii=False)
-
-
 def test_tool_calls_go_through_the_template_and_their_text_is_no_control_token(tokenizers):
     chatml = tokenizers["chatml"]
     turns = (Turn("user", "Q"), Turn("assistant", "", CALL), Turn("assistant", "A"))
@@ -160,17 +128,30 @@ def test_tool_calls_go_through_the_template_and_their_text_is_no_control_token(t
     wanted = [mark, *says("user\nQ"), chatml.eot, *says("\n"),
               mark, *says("assistant\n<call>" + CALLS_TEXT), chatml.eot, *says("\n"),
               mark, *says("assistant\nA"), chatml.eot]
-    assert ids == wanted and {turn for turn in owner} == {-1, 2}
+    assert ids == wanted and set(owner) == {-1, 2}
     with pytest.raises(ValueError, match="nothing but tool calls"):
         chatml.conversation(turns[:2])
 
 
-def test_without_a_template_tool_calls_are_content():
-    turns = (Turn("user", "Q"), Turn("assistant", "Wait.", CALL), Turn("tool", "R"))
-    text = f"User:\nQ\n\nAssistant:\nWait.\n{CALLS_TEXT}{EOT}\n\nTool:\nR\n\nAssistant:\n"
-    assert BYTES.decode(BYTES.prompt_ids(turns)) == text
-    ids, owner = BYTES.conversation((turns[0], Turn("assistant", "", CALL)))
-    assert BYTES.text([i for i, turn in zip(ids, owner) if turn == 1]) == CALLS_TEXT
+def test_a_template_that_loses_a_message_or_refuses_is_an_error(tmp_path):
+    tokenizer = load_tokenizer(hf_folder(tmp_path))
+    for template in (
+            "{% for m in messages if m.role != 'system' %}{{ m.content }}{% endfor %}",
+            "{% for m in messages %}{{ m.content[:8] }}{% endfor %}",
+            "{% for m in messages %}{{ m.content | upper }}{% endfor %}",
+            "{{ raise_exception('no system role') }}"):
+        tokenizer.backend.chat_template = template
+        with pytest.raises(ValueError, match="chat template"):
+            tokenizer.prompt_ids((Turn("system", "In French."), Turn("user", "hello world")))
+
+
+# --- loading and saving ---------------------------------------------------------------------------
+
+@needs_shared
+def test_gpt2s_hello_world_is_15496_995():
+    gpt2 = load_tokenizer(SHARED / "gpt2-bpe")
+    assert gpt2.encode("Hello world") == [15496, 995]
+    assert (gpt2.eot, gpt2.vocab_size, gpt2.bos) == (50256, 50257, [])
 
 
 def odd_encoding():
@@ -180,34 +161,37 @@ def odd_encoding():
                              special_tokens={EOT: 257})
 
 
-KINDS = ["bytes", "odd", "world", pytest.param("gpt2", marks=needs_shared)]
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_our_tokenizers_are_the_same_after_saving_and_in_transformers(kind, tmp_path):
-    import world
+def is_the_same_saved_and_in_transformers(tokenizer, folder):
     from transformers import AutoTokenizer
-    make = {"bytes": load_tokenizer, "odd": lambda: Tokenizer(odd_encoding()),
-            "world": lambda: Tokenizer(world.tokenizer()),
-            "gpt2": lambda: load_tokenizer(SHARED / "gpt2-bpe")}
-    tokenizer = make[kind]()
-    tokenizer.save(tmp_path)
-    (tmp_path / "config.json").write_text('{"model_type": "gpt2"}')    # it lies beside a model
-    copies = [load_tokenizer(tmp_path), HFTokenizer(AutoTokenizer.from_pretrained(tmp_path))]
-    assert type(copies[0]) is Tokenizer                                # ours reads its own file
+    tokenizer.save(folder)
+    (folder / "config.json").write_text('{"model_type": "gpt2"}')       # it lies beside a model
+    copies = [load_tokenizer(folder), HFTokenizer(AutoTokenizer.from_pretrained(folder))]
+    assert type(copies[0]) is Tokenizer                                 # ours reads its own file
     rng = random.Random(0)
     size = tokenizer.vocab_size
-    strings = [*NASTY, *(tokenizer.decode([rng.randrange(size - 1)]) for _ in range(1000)),
-               *(chr(rng.randrange(0xd800)) for _ in range(300)), "abc"]
+    strings = [*NASTY, *(tokenizer.decode([rng.randrange(size - 1)]) for _ in range(500)),
+               *(chr(rng.randrange(0xd800)) for _ in range(150)), "abc"]
+    turns = (Turn("system", "S"), Turn("user", "q</s>"), Turn("assistant", "a"))
     for copy in copies:
         assert (copy.eot, copy.bos, copy.vocab_size) == (tokenizer.eot, tokenizer.bos, size)
-        for _ in range(800):
+        for _ in range(300):
             text = "".join(rng.choices(strings, k=rng.randrange(12)))
             assert copy.encode(text) == tokenizer.encode(text), repr(text)
             assert copy.decode(tokenizer.encode(text)) == text
-        turns = (Turn("system", "S"), Turn("user", "q</s>"), Turn("assistant", "a"))
-        for some in (turns, turns[1:2]):
-            assert copy.prompt_ids(some) == tokenizer.prompt_ids(some)
+        assert copy.prompt_ids(turns) == tokenizer.prompt_ids(turns)
+
+
+@pytest.mark.parametrize("kind", ["bytes", "odd", "world"])
+def test_our_tokenizers_are_the_same_after_saving_and_in_transformers(kind, tmp_path):
+    import world
+    made = {"bytes": BYTES, "odd": Tokenizer(odd_encoding()), "world": Tokenizer(world.tokenizer())}
+    is_the_same_saved_and_in_transformers(made[kind], tmp_path)
+
+
+@pytest.mark.slow
+@needs_shared
+def test_gpt2s_tokenizer_is_the_same_after_saving_and_in_transformers(tmp_path):
+    is_the_same_saved_and_in_transformers(load_tokenizer(SHARED / "gpt2-bpe"), tmp_path)
 
 
 def test_hugging_face_tokenizers_survive_saving(tokenizers, tmp_path):
@@ -235,16 +219,16 @@ def test_code_from_the_hub_runs_only_where_that_is_asked_for(tokenizers, monkeyp
     asked = []
 
     def load(name, **how):
-        asked.append((name, how["trust_remote_code"]))
+        asked.append(how["trust_remote_code"])
         return tokenizers["plain"].backend
 
     monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", load)
     load_tokenizer("someone/model")
     load_tokenizer("someone/model", trust_remote_code=True)
-    assert asked == [("someone/model", False), ("someone/model", True)]
+    assert asked == [False, True]
 
 
-def test_a_tokenizer_without_an_end_of_text_is_refused(tokenizers, tmp_path):
+def test_a_tokenizer_without_an_end_of_text_is_refused(tmp_path):
     backend = load_tokenizer(hf_folder(tmp_path)).backend
     backend.eos_token = None
     with pytest.raises(SystemExit, match="eos_token"):

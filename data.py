@@ -303,7 +303,7 @@ def mismatched_units(units, *, seed, max_len):
     order = np.random.default_rng([seed, len(rows)]).permutation(len(rows)).tolist()
     places = mismatch([rows[i].prompt_key for i in order])
     partner = {i: rows[order[place]] for i, place in zip(order, places)}
-    return [(row, mismatched(row, partner[i], max_len)) for i, row in enumerate(rows)]
+    return [(*unit, mismatched(unit[0], partner[i], max_len)) for i, unit in enumerate(units)]
 
 
 def mismatch(prompts):

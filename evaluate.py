@@ -162,7 +162,7 @@ def compare(out, record, models, files=(), *, n=200, seed=0, max_new_tokens=256,
     """One answer of each model to each held-out prompt, into comparison.jsonl.
 
     models: () -> (policy, reference, tokenizer). record: the run's config.json.
-    -> [{"prompt", "reference", "policy", "lengths": [reference's, policy's], in characters}, ...]
+    -> [{"prompt", "reference", "policy"}, ...]
     """
     prompts, source = held_out_prompts(record, files, n, seed)
     policy, reference, tokenizer = models()
@@ -170,8 +170,7 @@ def compare(out, record, models, files=(), *, n=200, seed=0, max_new_tokens=256,
     room = dict(max_new_tokens=max_new_tokens, max_prompt_len=record["max_prompt_len"])
     before, _ = replies(reference, tokenizer, prompts, seed=2 * seed, **room)
     after, replied = replies(policy, tokenizer, prompts, seed=2 * seed + 1, **room)
-    rows = [{"prompt": prompt, "reference": first, "policy": second,
-             "lengths": [len(first), len(second)]}
+    rows = [{"prompt": prompt, "reference": first, "policy": second}
             for prompt, first, second in zip(prompts, before, after)]
     budget = max(256, 2**20 // policy.vocab_size)
     kl = sampled_kl(policy, reference, replied, device=device, budget=budget)
@@ -213,7 +212,7 @@ def judge_comparison(out, record, rows, judge, name):
 
 def keep_verdict(out, rows, wins, facts):
     """The win rate of wins (1 policy, 0 reference, 1/2 tie), into eval.json."""
-    longer = [policy - reference for reference, policy in (row["lengths"] for row in rows)]
+    longer = [len(row["policy"]) - len(row["reference"]) for row in rows]     # characters
     found = {"win_rate": float(np.mean(wins)),
              "win_rate_ci95": bootstrap_ci(wins, [row["prompt"] for row in rows]),
              "win_rate_length_controlled": length_controlled(wins, longer), "n": len(rows), **facts}
@@ -356,12 +355,19 @@ def model_card(record, found):
                 if origin.get(key, "default") != "default" and isinstance(value, (int, float))]
     results = [f"- {key}: {found[key]}" for key in TOLD if found.get(key) is not None]
     tags = json.dumps(["nanokto", "preference-alignment", record["loss"]])
-    return "\n".join([
-        "---", "library_name: transformers", f"tags: {tags}", "---", "",
-        f"# {base}, aligned with {record['loss']}", "",
-        f"Trained with nanoKTO on {files}. Settings: {', '.join(settings)}.", "", *results, "",
-        f"Load it with `{loader}.from_pretrained(FOLDER)`. Made at commit {record.get('commit')}."
-    ]) + "\n"
+    return f"""---
+library_name: transformers
+tags: {tags}
+---
+
+# {base}, aligned with {record['loss']}
+
+Trained with nanoKTO on {files}. Settings: {', '.join(settings)}.
+
+{chr(10).join(results)}
+
+Load it with `{loader}.from_pretrained(FOLDER)`. Made at commit {record.get('commit')}.
+"""
 
 
 # --- command line ---------------------------------------------------------------------------------

@@ -377,7 +377,7 @@ class GPT(Policy):
         return responses
 
     def save(self, folder, *, eot=None, weights=None):
-        """GPT-2's Hugging Face format. weights: by name, where this module holds a shard of them."""
+        """GPT-2's Hugging Face format. weights: by name, where this module holds a shard."""
         gpt2.save(self, folder, eot, weights or self.state_dict())
 
     @classmethod

@@ -203,6 +203,8 @@ def signature(loss):
     wants, defaults = [], {}
     for p in inspect.signature(loss).parameters.values():
         if p.kind == p.KEYWORD_ONLY:
+            if p.default is p.empty:
+                raise SystemExit(f"{loss.__name__}: its setting {p.name!r} needs a default")
             defaults[p.name] = p.default
         else:
             wants.append(p.name)

@@ -61,6 +61,14 @@ def in_random_order(units, seed):
     return [unit if head else (unit[1], unit[0], *unit[2:]) for unit, head in zip(units, heads)]
 
 
+def require_target(units, run):
+    """SLiC's --slic_target data: the file brings a third response."""
+    for unit in units:
+        if run.options["slic_target"] == "data" and len(unit) < 3:
+            raise SystemExit(f"{unit[0].where}: --slic_target data needs the column target")
+    return units
+
+
 def good_ones(units, run):
     good = [unit[:1] for unit in units if unit[0].desirable]
     if not good:
@@ -106,7 +114,8 @@ def the_data(run, units, stage):
 
 def easy_first(run, units, stage):
     """sDPO: chunks of the pairs, in the order in which the first reference prefers them."""
-    logps = run.reference_table(units, run.out / "ordering.safetensors", "ordering by difficulty")
+    logps = run.reference_table(units, run.out / "ordering.safetensors", "ordering by difficulty",
+                                every_row=True)
     order = (logps[:, 1] - logps[:, 0]).argsort(stable=True).tolist()
     start = stage * len(units) // run.stages
     stop = (stage + 1) * len(units) // run.stages
@@ -128,9 +137,6 @@ def with_target(run, units, stage):
     if source == "sample":
         said = sampled_once(run, units, run.out / "targets.json", run.load_reference(), True)
         return [(*unit[:2], row) for unit, row in zip(units, said)]
-    for unit in units:
-        if len(unit) < 3:
-            raise SystemExit(f"{unit[0].where}: --slic_target data needs the column target")
     return units
 
 
@@ -222,8 +228,8 @@ def preferences(run, units, reference):
 
 
 def on_policy(run, units, reference):
-    reward = rollouts.load_reward(run.options["reward"], run.tokenizer, device=parallel.device)
-    return rollouts.PPO(run.hyper, units, reference, reward, run.tokenizer, run.config, run.options)
+    return rollouts.PPO(run.hyper, units, reference, run.reward, run.tokenizer, run.config,
+                        run.options)
 
 
 # --- the table ----------------------------------------------------------------------------------
@@ -291,7 +297,8 @@ RECIPES = {
         paper="Kong et al. 2025, SDPO: Segment-Level DPO for Social Agents, arXiv 2501.01821",
         idea="of two conversations only the agent's turns of one segment count, as many in both"),
     "spin": Recipe(
-        DPO, prepare=good_ones, stage_units=self_play, flags={"stages": 3}, feedback="replies", like="dpo",
+        DPO, prepare=good_ones, stage_units=self_play, flags={"stages": 3}, feedback="replies",
+        like="dpo",
         paper="Chen et al. 2024, Self-Play Fine-Tuning Converts Weak Language Models to Strong "
               "Language Models, arXiv 2401.01335",
         idea="the rejected response is the last stage's own, so that imitation goes on where SFT "
@@ -301,7 +308,8 @@ RECIPES = {
         paper="Rafailov et al. 2023, arXiv 2305.18290, with a uniform reference",
         idea="the reference's log-probs are 0: nothing holds the policy where it started"),
     "slic": Recipe(
-        dpo_variants.slic_loss, stage_units=with_target, flags={"slic_target": "sample"}, like="slic"),
+        dpo_variants.slic_loss, prepare=require_target, stage_units=with_target,
+        flags={"slic_target": "sample"}, like="slic"),
     "rm": Recipe(
         ppo.reward_model_loss, prepare=last_tokens, learner=reward_model, reference=nothing,
         feedback="pairs", like="rm",

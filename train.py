@@ -225,6 +225,9 @@ def run_once(argv):
     run.read()
     parallel.join(config.device, config.timeout)
     announce.settings_of(run)
+    run.prepare_units()
+    run.count_steps()
+    run.find_judges()
 
     clock = time.perf_counter()
     if config.resume:                                        # from what it started from
@@ -235,8 +238,6 @@ def run_once(argv):
         base = base_model(config, run.source)
     config.init, config.ref = config.init or base, config.ref or base
     run.start()
-    run.prepare_units()
-    run.count_steps()
     announce.introduce(run)
     run.seconds["base"] = time.perf_counter() - clock
     if config.dry_run:

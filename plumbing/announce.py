@@ -70,8 +70,8 @@ def check_first_step(look, grad_norm, run):
         return say(line + " | policy and reference start apart")
     if apart > tolerance:
         raise SystemExit(line + " | policy and reference have equal weights, yet a log-ratio "
-                         f"exceeds {tolerance}. Known causes: dropout is on; the reference was measured in "
-                         "another dtype; an adapter is missing from the reference")
+                         f"exceeds {tolerance}. Known causes: dropout is on; the reference was "
+                         "measured in another dtype; an adapter is missing from the reference")
     if abs(loss - expected) > tolerance:
         raise SystemExit(line + " | the loss is not the value it must have at equal weights")
     say(line + " | ok")

@@ -10,7 +10,7 @@ TRANSPOSED = ("c_attn.weight", "c_proj.weight", "c_fc.weight")       # there the
 
 
 def save(policy, folder, eot, weights):
-    """config.json and model.safetensors. Without biases it writes biases of 0, the same function."""
+    """config.json and model.safetensors; where there are no biases, biases of 0."""
     folder, c = Path(folder), policy.config
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {}

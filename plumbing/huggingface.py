@@ -275,9 +275,12 @@ class TokenClassifier(nn.Module):
         super().__init__()
         from transformers import AutoModelForSequenceClassification
         with broken_folder(flag, folder):
-            self.classifier = AutoModelForSequenceClassification.from_pretrained(
-                folder, num_labels=1, dtype=dtype, use_safetensors=True, local_files_only=True)
+            self.classifier, info = AutoModelForSequenceClassification.from_pretrained(
+                folder, num_labels=1, dtype=dtype, use_safetensors=True, local_files_only=True,
+                output_loading_info=True)
             self.get_output_embeddings()  # an error where the head is called otherwise
+        for name in sorted({*info["missing_keys"]} - {"score.weight"}):  # a new head may be made
+            raise SystemExit(f"--{flag} {folder}: its files have no {name}")
         self.config = self.classifier.config
         self.name_or_path = str(folder)
         if self.config.pad_token_id == self.config.eos_token_id:

@@ -14,8 +14,6 @@ import numpy as np
 from plumbing.formats import Turn
 
 
-# --- the run's folder -----------------------------------------------------------------------------
-
 def read_result(out):
     """The content of eval.json; {} where there is none."""
     file = Path(out) / "eval.json"
@@ -34,13 +32,13 @@ def prompt_text(prompt):
 
 
 def write_comparison(out, rows):
-    """rows: {"prompt", "reference", "policy", "lengths"}.   -> the file's hash"""
+    """rows: {"prompt", "reference", "policy"}.   -> the file's hash"""
     lines = []
     for row in rows:
         if not isinstance(row["prompt"], str):
             row = row | {"prompt": [turn._asdict() for turn in row["prompt"]]}
-        lines.append(json.dumps(row, ensure_ascii=False) + "\n")
-    (Path(out) / "comparison.jsonl").write_text("".join(lines), encoding="utf-8")
+        lines.append(json.dumps(row) + "\n")
+    (Path(out) / "comparison.jsonl").write_text("".join(lines))
     return _digest(out)
 
 
@@ -52,8 +50,7 @@ def kept_comparison(out):
     note = read_result(out).get("comparison")
     if not note or _digest(out) != note["sha256"]:
         return [], {}
-    text = (Path(out) / "comparison.jsonl").read_text(encoding="utf-8")
-    rows = [json.loads(line) for line in text.split("\n") if line]
+    rows = [json.loads(line) for line in open(Path(out) / "comparison.jsonl")]
     for row in rows:
         if not isinstance(row["prompt"], str):
             row["prompt"] = tuple(Turn(**turn) for turn in row["prompt"])
@@ -99,36 +96,34 @@ def read_verdicts(out, rows, file):
     facts: `disagreement`, of the pairs judged in both orders the share whose verdicts differ;
     `position_bias`, the share of "a" among all "a" and "b"; `one_order`, pairs judged in one order.
     """
+    if not Path(file).is_file():
+        raise SystemExit(f"--verdicts {file}: no such file")
     places = _places(out, rows)
     given = [{} for _ in rows]          # of each pair: where the policy stood -> its win
     said = []
-    for number, line in enumerate(_read_text(file).split("\n"), 1):
+    for number, line in enumerate(Path(file).read_text(encoding="utf-8-sig").split("\n"), 1):
         if not line.strip():
             continue
         where = f"--verdicts {file}: line {number}"
         name, verdict = _parse_verdict(line, where)
         if name not in places:
-            raise SystemExit(f"{where}: id {name!r} is not of an export of the present texts; "
-                             f"their ids go from {min(places)} to {max(places)}")
+            raise SystemExit(f"{where}: id {name!r} is not of an export of the present texts")
         i, side = places[name]
         if side in given[i]:
             raise SystemExit(f"{where}: id {name!r} has a verdict already")
         given[i][side] = 0.5 if verdict == "tie" else float(verdict == side)
         said.append(verdict)
-    missing = [i for i, verdicts in enumerate(given) if not verdicts]
+    missing = given.count({})
     if missing:
-        ids = [name for name, (i, _) in places.items() if i == missing[0]]
-        raise SystemExit(f"--verdicts {file}: {len(missing)} of {len(rows)} pairs have no verdict, "
-                         f"the first is {' or '.join(ids)}; one order is enough")
+        raise SystemExit(f"--verdicts {file}: {missing} of {len(rows)} pairs have no verdict; one "
+                         "order is enough")
     wins = np.array([np.mean(list(verdicts.values())) for verdicts in given])
-    return wins, _facts(given, said)
-
-
-def _read_text(file):
-    try:
-        return Path(file).read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise SystemExit(f"--verdicts {file}: {error}") from None
+    differs = [len(set(verdicts.values())) > 1 for verdicts in given if len(verdicts) == 2]
+    placed = [verdict == "a" for verdict in said if verdict != "tie"]
+    return wins, {"ties": sum(set(verdicts.values()) == {0.5} for verdicts in given),
+                  "disagreement": float(np.mean(differs)) if differs else None,
+                  "position_bias": float(np.mean(placed)) if placed else None,
+                  "one_order": len(given) - len(differs)}
 
 
 def _parse_verdict(line, where):
@@ -142,18 +137,6 @@ def _parse_verdict(line, where):
         raise SystemExit(f"{where}: expected {{\"id\": \"...\", \"verdict\": \"a\", \"b\" or "
                          f"\"tie\"}}, got {line.strip()[:60]}")
     return name, verdict
-
-
-def _facts(given, said):
-    differs = [len(set(verdicts.values())) > 1 for verdicts in given if len(verdicts) == 2]
-    ties = [set(verdicts.values()) == {0.5} for verdicts in given]
-    first, second = said.count("a"), said.count("b")
-    return {
-        "ties": sum(ties),
-        "disagreement": float(np.mean(differs)) if differs else None,
-        "position_bias": first / (first + second) if first + second else None,
-        "one_order": len(given) - len(differs),
-    }
 
 
 # --- the win rate at equal lengths ----------------------------------------------------------------

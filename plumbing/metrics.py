@@ -12,8 +12,8 @@ from plumbing import parallel
 def watch(self, part, losses):
     """Sums over these examples.   -> {name: tensor ()}"""
     own = part.logps.detach()[:, :2]                         # SLiC's third response is neither
-    thumbs = [[row.desirable for row in unit[:2]] for unit in part.units]
-    up = torch.tensor(thumbs, device=own.device)             # (b, rows), as `own`
+    thumbs = [row.desirable for unit in part.units for row in unit[:2]]
+    up = torch.tensor(thumbs, device=own.device).view_as(own)          # (b, rows)
     good = up.to(own.dtype)
     bad = 1 - good
     sums = {"loss": losses.detach().sum().to(own.dtype),

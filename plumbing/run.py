@@ -61,6 +61,14 @@ class Run:
                                  "give --z0 zero, or more prompts") from None
         self.units = units
 
+    def find_judges(self):
+        """PPO's reward, and who compares at the end: a wrong name is said before any work."""
+        where = dict(device=parallel.device)
+        if "reward" in self.options:
+            self.reward = rollouts.load_reward(self.options["reward"], self.tokenizer, **where)
+        if self.config.judge:
+            self.judge_of_texts = rollouts.load_reward(self.config.judge, flag="judge", **where)
+
     def count_steps(self):
         """--epochs in steps of one stage, and a batch that is no larger than the data."""
         config = self.config
@@ -322,11 +330,11 @@ class Run:
 
     def ask_the_judge(self, policy, reference):
         config = self.config
-        judge = rollouts.load_reward(config.judge, device=parallel.device, flag="judge")
         rows = evaluate.compare(config.out, self.settings,
                                 lambda: (policy, reference, self.tokenizer), seed=config.seed,
                                 device=parallel.device)
-        verdicts = evaluate.judge_comparison(config.out, self.settings, rows, judge, config.judge)
+        verdicts = evaluate.judge_comparison(config.out, self.settings, rows,
+                                             self.judge_of_texts, config.judge)
         print(evaluate.win_rate_lines(verdicts))
 
 

@@ -120,11 +120,16 @@ def locked(path, wait=True):
 
 
 def commit():
-    """The git commit of this code, with "-dirty" where files differ from it; None without git."""
-    command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    """The git commit of this code, with "-dirty" where files differ from it; None without git.
+
+    results/ may differ: what was measured before lies there.
+    """
+    def git(*words):
+        return subprocess.run(["git", *words], cwd=Path(__file__).parents[1], text=True,
+                              capture_output=True, timeout=5, check=True).stdout.strip()
+
     try:
-        done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True,
-                              timeout=5)
-    except (OSError, subprocess.TimeoutExpired):
+        changed = git("status", "--porcelain", "--untracked-files=no", "--", ".", ":!results")
+        return git("rev-parse", "HEAD") + ("-dirty" if changed else "")
+    except (OSError, subprocess.SubprocessError):
         return None
-    return done.stdout.strip() or None

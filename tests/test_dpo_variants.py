@@ -12,7 +12,7 @@ import torch
 import dpo_variants
 import kto
 import objective
-from dpo_variants import LOSSES, log1mexp, power_gap
+from dpo_variants import LOSSES
 
 mp = mpmath.mp.clone()
 mp.dps = 350                         # 1 + e^-745 must not round to 1, nor its difference quotient
@@ -366,17 +366,12 @@ def test_dpop_at_its_kink_has_dpos_gradient_and_just_below_lam_plus_one_times_it
     assert slope.tolist() == pytest.approx([-0.05, -0.25], rel=1e-12)            # relu' at 0 is 0
 
 
-def test_the_alpha_curve_runs_from_log_to_forward_kl_and_is_alphapos_and_at_zero_simpos():
+def test_the_alpha_curve_ends_in_forward_kl_and_is_alphapos_which_begins_in_simpo():
     same(V.fdpo(C, R, divergence="alpha", alpha=1.0), V.fdpo(C, R, divergence="forward_kl"))
-    mild = (C.abs() < 20) & (R.abs() < 20)
-    tiny = V.fdpo(C, R, divergence="alpha", alpha=1e-9)
-    torch.testing.assert_close(tiny[mild], V.dpo(C, R)[mild], rtol=1e-7, atol=0)     # alpha c^2 / 2
     same(V.alphapo(LW, LL, ONES, ONES, alpha=0.5, beta=0.7, gamma=0.0),
          V.fdpo(LW, LL, beta=0.7, divergence="alpha", alpha=0.5))
-    simpo = V.simpo(LW - 0.5, LL - 0.25, ONES, ONES)
-    for alpha, rtol in ((0.0, 1e-15), (1e-12, 2e-6), (-1e-12, 2e-6)):    # alpha beta a^2 / 2
-        limit = V.alphapo(LW - 0.5, LL - 0.25, ONES, ONES, alpha=alpha, beta=2.0, gamma=0.5)
-        torch.testing.assert_close(limit, simpo, rtol=rtol, atol=1e-300)
+    how = dict(beta=2.0, gamma=0.5)
+    same(V.alphapo(LW, LL, ONES, ONES, alpha=0.0, **how), V.simpo(LW, LL, ONES, ONES, **how))
 
 
 def test_cpo_is_reference_free_dpo_plus_weighted_sft_and_orpo_without_odds_is_sft():
@@ -402,27 +397,11 @@ def test_rdpo_is_unbiased_and_unbounded_below_and_cdpo_is_neither():
 
 def test_apo_zero_and_bco_pair_are_sums_of_their_unpaired_halves_and_sppo_hard_a_sure_sppo():
     halves = kto.apo_zero_unpaired_loss(C, ALL) + kto.apo_zero_unpaired_loss(R, ~ALL)
-    by_kto = kto.kto_loss(C, ALL, torch.empty(0)) + kto.kto_loss(R, ~ALL, torch.empty(0))
-    for unpaired in (halves, by_kto):            # 1 - sigma(x) there, sigma(-x) here
-        torch.testing.assert_close(V.apo_zero(C, R), unpaired, rtol=0, atol=4e-16)
+    torch.testing.assert_close(V.apo_zero(C, R), halves, rtol=0, atol=4e-16)     # 1 - sigma there
     shift = scalar(0.4)
     same(V.sppo_hard(C, R, beta=0.5), V.sppo(C, R, torch.ones(100), ZERO, beta=0.5))
     same(V.bco_pair(C, R, shift), kto.bco_loss(C, ALL, shift) + kto.bco_loss(R, ~ALL, shift))
     assert (V.bco_pair(C, R, shift) >= V.dpo(C, R)).all()        # sigma(a) sigma(b) <= sigma(a + b)
-
-
-def test_exo_is_the_reverse_kl_to_the_label_and_cdpo_the_forward_kl():
-    e = 0.2
-    u = torch.linspace(-30, 30, 61, dtype=f64)
-    p = torch.stack([u.sigmoid(), (-u).sigmoid()])
-    q = torch.tensor([[1 - e], [e]], dtype=f64)
-    reverse = (p * (p / q).log()).sum(0)
-    forward = (q * (q / p).log()).sum(0)
-    how = dict(beta=1.0, label_smoothing=e)
-    close = dict(rtol=1e-12, atol=1e-14)
-    torch.testing.assert_close(V.exo(u, 0 * u, **how), reverse, **close)
-    torch.testing.assert_close(V.cdpo(u, 0 * u, **how) + (q * q.log()).sum(), forward, **close)
-    assert (reverse - forward).abs().max() > 1
 
 
 def test_at_the_reference_dpo_has_four_times_the_gradient_of_kto():
@@ -445,49 +424,23 @@ def test_the_first_step_of_apo_down_and_of_discopop_is_as_their_docstrings_say()
 
 # --- hyper-parameters without meaning -------------------------------------------------------------
 
-BAD = {"beta": [0.0, -0.1, NAN, INF], "tau": [0.0, -1.0], "label_smoothing": [-0.01, 0.5, NAN],
-       "lam": [-0.5], "delta": [-0.5], "nll_weight": [-0.5], "a": [-0.5], "clamp": [-0.5, 0.0, NAN],
+BAD = {"beta": [0.0, -0.1, NAN, INF], "tau": [0.0], "label_smoothing": [-0.01, 0.5, NAN],
+       "lam": [-0.5], "delta": [-0.5], "nll_weight": [-0.5], "a": [-0.5], "clamp": [0.0, NAN],
        "divergence": ["kl"]}
 
 
 def test_a_setting_without_meaning_is_one_line_that_names_it():
     cases = [(name, {setting: bad}) for name in LOSSES for setting in signature(name)[1]
              for bad in BAD.get(setting, [])]
-    cases += [("exo", {"label_smoothing": 0.0})]
-    cases += [("odpo", {"alpha": -1.0}), ("tdpo2", {"alpha": -1.0})]
-    cases += [("fdpo", {"divergence": "alpha", "alpha": bad}) for bad in (-0.1, 1.5)]
+    cases += [("exo", {"label_smoothing": 0.0}), ("odpo", {"alpha": -1.0}),
+              ("tdpo2", {"alpha": -1.0}), ("fdpo", {"divergence": "alpha", "alpha": 1.5})]
     for name, how in cases:
         setting, bad = list(how.items())[-1]
-        with pytest.raises(ValueError) as error:
+        with pytest.raises(ValueError, match=f"^{setting} .*{bad}'?$"):
             LOSSES[name](*tensors(table(name, pairs_for(name, PAIRS))).values(), **how)
-        said = str(error.value)
-        assert setting in said and str(bad) in said and "\n" not in said, (name, how)
-    for gap in (0.0, -1.0, NAN):
+    for gap in (0.0, NAN):
         with pytest.raises(ValueError, match="score_gap"):
-            V.odpo(C[:3], R[:3], torch.tensor([1.0, gap, 2.0]))
-
-
-# --- numerics -------------------------------------------------------------------------------------
-
-def test_log1mexp_has_every_digit_and_a_gradient_from_one_ulp_below_zero_to_a_thousand():
-    numbers = [-1e-300, -1e-30, -1e-17, -1e-8, -0.5, -math.log(2), -0.7, -3.0, -40.0, -700.0, 0.0]
-    x = torch.tensor(numbers, dtype=f64, requires_grad=True)
-    y = log1mexp(x)
-    slope, = torch.autograd.grad(y.sum(), x)
-    for number, got, got_slope in zip(numbers[:-1], y.tolist(), slope.tolist()):
-        a = mp.mpf(number)
-        near(got, mp.log(-mp.expm1(a)), number)
-        near(got_slope, mp.exp(a) / mp.expm1(a), number)
-    assert y[-1].item() == pytest.approx(-708.4, abs=0.1)        # p = 1 is held, not -inf
-    assert slope[-1] == 0
-
-
-def test_power_gap_keeps_the_gradient_of_a_tail_that_expm1_would_round_away():
-    a = torch.tensor([60.0], dtype=f64, requires_grad=True)
-    b = torch.tensor([2.0], dtype=f64, requires_grad=True)
-    slopes = torch.autograd.grad(power_gap(a, b, 1.0).sum(), (a, b))
-    wanted = [math.exp(-60), -math.exp(-2)]
-    assert [x.item() for x in slopes] == pytest.approx(wanted, rel=1e-13)
+            V.odpo(C[:2], R[:2], torch.tensor([1.0, gap]))
 
 
 # --- exact optima: a tabular policy, Bradley-Terry preferences with full support ------------------

@@ -144,7 +144,6 @@ def test_the_head_in_parts_has_the_gradient_of_the_whole_in_flat_and_in_padded_r
 
 
 def test_padding_is_at_most_an_eighth_of_a_group():
-    assert huggingface.groups_of_like_length([3, 40, 38, 5]) == [[0], [3], [2, 1]]
     lengths = [3, 40, 38, 4, 3, 36, 20, 8, 8, 7]
     groups = huggingface.groups_of_like_length(lengths)
     assert sorted(sum(groups, [])) == list(range(10)) and len(groups) < 7
@@ -163,6 +162,9 @@ def test_weights_have_the_dtype_asked_for_and_log_probs_are_float32_or_better(fo
         policy = load_policy(folder("llama"), dtype=dtype)
         assert {p.dtype for p in policy.parameters()} == {dtype}
         assert policy(*ROW, PREDICT, TARGETS).dtype == wide and policy.flat and policy.chunked
+    kinds = {(p.dtype, p.requires_grad)
+             for p in load_policy(folder("llama"), dtype=torch.bfloat16, lora=4).parameters()}
+    assert kinds == {(torch.bfloat16, False), (torch.float32, True)}  # adapters are float32
 
 
 # --- the three probes -----------------------------------------------
@@ -254,41 +256,36 @@ def test_a_model_whose_tokens_see_later_ones_is_refused(tmp_path):
 def test_samples_are_ours_whatever_shares_the_batch_and_stop_at_eot_or_room(folder):
     policy = load_policy(folder("llama"), dtype=torch.float64)
     prompts = PROMPTS + PROMPTS[:1]
-    for how in (dict(temperature=0), dict(temperature=2.0), dict(temperature=3.0, top_p=0.8)):
-        how |= dict(eot=5, seed=4, max_new_tokens=12, room=14)
+    for how in (dict(temperature=0), dict(temperature=3.0, top_p=0.8)):
+        how |= dict(eot=5, seed=4, max_new_tokens=8, room=12)
         with torch.no_grad():
             expected = naive_generate(policy, prompts, **how)
-        for rows in (1, 2, None):
+        for rows in (2, None):
             assert policy.generate(prompts, rows=rows, **how) == expected
         assert policy.generate(prompts[3:1:-1], numbers=[3, 2], **how) == expected[3:1:-1]
-    assert expected[0] != expected[3] and 8 in {len(r) for r in expected}
     many = policy.generate([[3]] * 60, eot=5, max_new_tokens=20, temperature=3.0)
     assert all(5 not in r[:-1] and (r[-1] == 5 or len(r) == 20) for r in many)
     assert {r[-1] == 5 for r in many} == {True, False}
     assert policy.generate([[3]], eot=1, max_new_tokens=0) == [[]]
-    assert policy.generate([], eot=1, max_new_tokens=3) == []
     with pytest.raises(ValueError):
         policy.generate([[3] * 20], eot=1, max_new_tokens=3, room=20)
 
 
 def test_the_folders_generation_config_changes_no_sample_and_is_saved_as_it_was(folder, tmp_path):
-    how = dict(eot=1, max_new_tokens=12)
-    plain = load_policy(folder("llama"))
-    source = tmp_path / "source"
-    shutil.copytree(folder("llama"), source)
-    for setting in (dict(repetition_penalty=5.0), dict(no_repeat_ngram_size=1),
-                    dict(top_k=1, do_sample=True), dict(suppress_tokens=[40])):
+    how = dict(eot=1, max_new_tokens=8)
+    wanted = load_policy(folder("llama")).generate(PROMPTS, **how)
+    file, saved = "generation_config.json", tmp_path / "saved"
+    shutil.copytree(folder("llama"), tmp_path / "source")
+    for setting in (dict(repetition_penalty=5.0), dict(top_k=1, do_sample=True)):
         text = json.dumps(setting | {"eos_token_id": [1, 5]})
-        (source / "generation_config.json").write_text(text)
-        policy = load_policy(source)
-        for temperature in (0, 1.0):
-            wanted = plain.generate(PROMPTS, temperature=temperature, **how)
-            assert policy.generate(PROMPTS, temperature=temperature, **how) == wanted
-        policy.save(tmp_path / "saved")
-        assert (tmp_path / "saved/generation_config.json").read_text() == text
-    (source / "generation_config.json").unlink()
-    load_policy(source).save(tmp_path / "saved")
-    assert not (tmp_path / "saved/generation_config.json").exists()
+        (tmp_path / "source" / file).write_text(text)
+        policy = load_policy(tmp_path / "source")
+        assert policy.generate(PROMPTS, **how) == wanted
+        policy.save(saved)
+        assert (saved / file).read_text() == text
+    (tmp_path / "source" / file).unlink()
+    load_policy(tmp_path / "source").save(saved)
+    assert not (saved / file).exists()
 
 
 # --- folders --------------------------------------------------------
@@ -317,34 +314,23 @@ def test_folders_that_are_not_right_are_a_one_line_error_that_names_them(folder,
         line = one_line(load_policy, spoiled(folder("llama"), tmp_path / name, change))
         assert line.startswith(f"--model {tmp_path / name}: ") and word in line
 
-    def half(place):
-        (place / "model.safetensors").write_bytes((place / "model.safetensors").read_bytes()[:5000])
-
-    def pickled(place):
-        (place / "model.safetensors").rename(place / "pytorch_model.bin")
-
-    def config(text):
-        return lambda place: (place / "config.json").write_text(text)
-
-    faults = {"half": half, "pickled": pickled, "cut": config('{"model_type": '),
-              "no-type": config("{}"), "t5": config('{"model_type": "t5"}'),
-              "homemade": config('{"model_type": "x", "auto_map": {"AutoConfig": "code.C"}}'),
-              "no-config": lambda place: (place / "config.json").unlink()}
-    for name, fault in faults.items():
-        fault(spoiled(folder("llama"), tmp_path / name))
-        line = one_line(load_policy, tmp_path / name, flag="ref")
-        assert line.startswith(f"--ref {tmp_path / name}: "), line
-    net = gpt()
-    net.h[1].ln_2.weight.data[3] = math.nan
-    net.save(tmp_path / "own")
-    assert "h.1.ln_2.weight" in one_line(load_policy, tmp_path / "own")
+    place = spoiled(folder("llama"), tmp_path / "place")
+    config, weights = place / "config.json", place / "model.safetensors"
+    for text in ('{"model_type": ', "{}", '{"model_type": "t5"}'):
+        config.write_text(text)
+        assert one_line(load_policy, place, flag="ref").startswith(f"--ref {place}: ")
+    shutil.copy(folder("llama") / "config.json", config)
+    weights.write_bytes(weights.read_bytes()[:5000])
+    assert str(place) in one_line(load_policy, place)
+    weights.rename(place / "pytorch_model.bin")
+    assert "no *.safetensors" in one_line(load_policy, place)
 
 
 def test_our_own_gpt_comes_back_as_our_own_and_a_tied_head_is_not_missed(folder, tmp_path):
     gpt().save(tmp_path / "own")
     assert isinstance(load_policy(tmp_path / "own"), model.GPT)
     assert "--lora" in one_line(load_policy, tmp_path / "own", lora=4)
-    tied = spoiled(folder("qwen2"), tmp_path / "tied", lambda t: t.pop("lm_head.weight", None))
+    tied = spoiled(folder("gemma"), tmp_path / "tied", lambda t: t.pop("lm_head.weight", None))
     policy = load_policy(tied)
     policy.save(tmp_path / "again")
     assert torch.equal(logits_of(load_policy(tmp_path / "again")), logits_of(policy))
@@ -378,15 +364,9 @@ def test_a_name_that_is_no_folder_is_asked_of_the_hub_and_a_path_never(
     load_policy("someone/llama", lora=2).save(tmp_path, adapter=True)
     assert asked == ["someone/llama"]
     assert huggingface.adapter_base(tmp_path) == "someone/llama"  # not our cache's folder
-    for path in ("/no/such", "./no/such", "out/run/model", "../x"):
+    for path in ("/no/such", "./no/such", "out/run/model"):
         assert "no config.json" in one_line(load_policy, path)
     assert asked == ["someone/llama"]
-
-    def offline(name, **how):
-        raise OSError("cannot find\nthe files and offline")
-
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", offline)
-    assert "--model someone/llama: " in one_line(load_policy, "someone/llama")
 
 
 # --- adapters -------------------------------------------------------
@@ -415,20 +395,15 @@ def sft_adapter(folder, tmp_path_factory):
 
 
 def test_a_fresh_adapter_is_the_base_bit_for_bit_and_the_only_thing_trained(folder):
-    for kind in ("gpt2", "llama", "mixtral"):
-        base, policy = load_policy(folder(kind)), load_policy(folder(kind), lora=4)
-        again, other = load_policy(folder(kind), lora=4), load_policy(folder(kind), lora=4, seed=1)
-        assert torch.equal(logits_of(policy), logits_of(base))
+    for kind in ("gpt2", "llama"):
+        policy, again = (load_policy(folder(kind), lora=4) for _ in range(2))
+        assert torch.equal(logits_of(policy), logits_of(load_policy(folder(kind))))
         before = {name: p.clone() for name, p in policy.named_parameters()}
         assert all(torch.equal(p, before[name]) for name, p in again.named_parameters())
-        assert not all(torch.equal(p, before[name]) for name, p in other.named_parameters())
         train_a_little(policy)
         for name, p in policy.named_parameters():
             assert torch.equal(p, before[name]) == (not p.requires_grad) == ("lora_" not in name)
         assert not any("lora_" in name and "lm_head" in name for name in before)
-        scales = {m.scaling["default"] for m in policy.lm.modules() if hasattr(m, "scaling")
-                  and isinstance(m.scaling, dict)}
-        assert scales == {2.0}
 
 
 def test_the_reference_stays_the_base_in_all_it_does_and_is_no_second_copy(folder):
@@ -439,16 +414,13 @@ def test_the_reference_stays_the_base_in_all_it_does_and_is_no_second_copy(folde
         policy.flat = base.flat
         assert torch.equal(logits_of(reference), logits_of(base))
         assert (logits_of(policy) - logits_of(reference)).abs().max() > 1e-2
-    logps = reference(*ROW, PREDICT, TARGETS)
-    assert torch.equal(logps, base(*ROW, PREDICT, TARGETS)) and not logps.requires_grad
+    assert not reference(*ROW, PREDICT, TARGETS).requires_grad
     hidden = reference.hidden(*ROW, PREDICT)
     assert torch.equal(reference.head(hidden), base(*ROW, PREDICT)) and not hidden.requires_grad
     how = dict(eot=1, max_new_tokens=8, temperature=0)
     assert reference.generate(PROMPTS, **how) == base.generate(PROMPTS, **how)
     assert next(reference.parameters()) is next(policy.parameters())
-    assert reference.token_budget == policy.token_budget
-    for name, p in policy.named_parameters():
-        assert p.requires_grad == ("lora_" in name)
+    assert all(p.requires_grad == ("lora_" in name) for name, p in policy.named_parameters())
 
 
 def test_a_reference_asked_inside_the_policys_chunks_leaves_the_gradient_right(
@@ -491,7 +463,7 @@ def test_saved_models_and_adapters_are_the_policy_wherever_they_are_loaded(
         folder, tmp_path, monkeypatch):
     from peft import AutoPeftModelForCausalLM
     from transformers import AutoModelForCausalLM
-    for kind in ("gpt2", "llama", "gemma"):
+    for kind in ("gpt2", "gemma"):  # their heads are tied
         monkeypatch.chdir(folder(kind).parent)
         policy = train_a_little(load_policy(folder(kind).name, lora=4))  # by a relative name
         policy.checkpoint_activations()
@@ -504,15 +476,6 @@ def test_saved_models_and_adapters_are_the_policy_wherever_they_are_loaded(
         # W + BA added before or after the product: float32, logits near 10
         close(alone(AutoModelForCausalLM.from_pretrained(merged)), expected, 2e-4)
         close(alone(AutoPeftModelForCausalLM.from_pretrained(adapter)), expected, 2e-4)
-        close(logits_of(load_policy(adapter)), expected, 2e-4)  # merged on loading
-        assert not (adapter / "config.json").exists()
-        assert not (merged / "adapter_config.json").exists()
-
-
-def test_adapters_are_float32_on_a_sixteen_bit_base(folder):
-    policy = load_policy(folder("llama"), dtype=torch.bfloat16, lora=4)
-    kinds = {(p.dtype, p.requires_grad) for p in policy.parameters()}
-    assert kinds == {(torch.bfloat16, False), (torch.float32, True)}
 
 
 def test_what_adapters_cannot_do_is_a_one_line_error(sft_adapter, tmp_path):
@@ -526,14 +489,12 @@ def test_what_adapters_cannot_do_is_a_one_line_error(sft_adapter, tmp_path):
         change(tensors)
         save_file(tensors, place / "adapter_model.safetensors", metadata={"format": "pt"})
         assert "does not fit its base" in one_line(load_policy, place)
-    (place / "adapter_config.json").write_text('{"peft_type": "LORA"}')
-    assert str(place) in one_line(load_policy, place)
 
 
 # --- layers, classifiers, memory ------------------------------------
 
 def test_recomputed_layers_give_the_same_numbers_and_run_again_in_backward(folder):
-    for kind, lora in (("gpt2", 0), ("llama", 4), ("bloom", 0), ("mixtral", 0)):
+    for kind, lora in (("llama", 4), ("bloom", 0)):
         plain, policy = (load_policy(folder(kind), lora=lora) for _ in range(2))
         policy.checkpoint_activations()
         runs, block = [], policy.blocks("x")[0]
@@ -543,8 +504,6 @@ def test_recomputed_layers_give_the_same_numbers_and_run_again_in_backward(folde
         found = gradients(policy, logps.sum())
         assert torch.equal(logps, wanted) and len(runs) == 2 * forwards
         assert all(map(torch.equal, found, gradients(plain, wanted.sum())))
-        how = dict(eot=1, max_new_tokens=6, temperature=0)
-        assert policy.generate(PROMPTS, **how) == plain.generate(PROMPTS, **how)
 
 
 @pytest.mark.slow
@@ -566,12 +525,18 @@ def test_compiled_layers_give_the_same_numbers(folder, monkeypatch):
         assert policy.generate(PROMPTS, **how) == plain.generate(PROMPTS, **how)
 
 
-def test_a_classifier_gives_one_number_per_token_in_flat_rows(tmp_path):
+@pytest.fixture
+def classifier(tmp_path):
     from transformers import AutoModelForSequenceClassification, LlamaConfig
     torch.manual_seed(0)
     config = LlamaConfig(**SMALL | {"pad_token_id": 1, "num_labels": 1, "initializer_range": 0.3})
-    AutoModelForSequenceClassification.from_config(config).save_pretrained(tmp_path)
-    policy = HFPolicy(TokenClassifier(tmp_path, torch.float32, "reward"))
+    lm = AutoModelForSequenceClassification.from_config(config)
+    lm.save_pretrained(tmp_path / "classifier")
+    return tmp_path / "classifier"
+
+
+def test_a_classifier_gives_one_number_per_token_in_flat_rows(classifier):
+    policy = HFPolicy(TokenClassifier(classifier, torch.float32, "reward"))
     assert policy.flat and policy.chunked
     classifier = policy.lm.classifier
     assert classifier.config.pad_token_id is None  # it was the end-of-text's id
@@ -580,3 +545,17 @@ def test_a_classifier_gives_one_number_per_token_in_flat_rows(tmp_path):
         scores = policy.head(policy.hidden(ids, positions, lengths, slice(None)))[:, 0]
         for part, score in zip(ids.split(lengths), scores.split(lengths)):
             close(score[-1], classifier(part[None]).logits[0, 0], 1e-4)  # float32 near 10
+
+
+def test_a_classifier_may_lack_its_head_and_nothing_else(classifier, folder, tmp_path):
+    load = partial(TokenClassifier, dtype=torch.float32, flag="reward")
+    body = "model.layers.1.mlp.up_proj.weight"
+    for name in (body, "model.norm.weight"):
+        broken = spoiled(classifier, tmp_path / name, lambda tensors: tensors.pop(name))
+        assert name in one_line(load, broken)
+    wide = spoiled(classifier, tmp_path / "wide",
+                   lambda tensors: tensors.update({"score.weight": torch.zeros(2, 32)}))
+    assert one_line(load, wide).startswith(f"--reward {wide}: ")
+    found = dict(load(folder("llama")).classifier.named_parameters())  # a language model
+    wanted = dict(load_policy(folder("llama")).lm.named_parameters())
+    assert torch.equal(found[body], wanted[body])

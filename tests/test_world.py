@@ -33,7 +33,7 @@ def share(events, p):
 
 
 def cells_of(prompts):
-    return {world.cluster_of(prompt) for prompt in prompts}
+    return set(map(world.parse_prompt, prompts))
 
 
 # --- grammar, split, prompts ----------------------------------------------------------------------
@@ -59,17 +59,9 @@ def test_the_texts_of_a_seed_are_those_that_the_published_numbers_were_measured_
         "kept": "cbdc5ef6", "tuning": "bdac06f7", "tokens": "6ee0e404", "split": "e10bf808"}
 
 
-def test_every_folk_remedy_is_a_fix_of_another_problem_and_none_is_shared():
-    problem_of = {fix: problem for problem, fixes in PROBLEMS.items() for fix in fixes}
-    assert len(DEVICES) == 12 and len(problem_of) == 20 and FOLK.keys() == PROBLEMS.keys()
-    assert all(problem_of[folk] != problem for problem, folk in FOLK.items())
-    assert len(set(FOLK.values())) == len(FOLK)
-
-
 def test_the_three_parts_are_disjoint_and_training_has_every_device_and_problem():
     parts = world.split()
-    assert {part: len(cells) for part, cells in parts.items()} == \
-        {"train": 72, "tune": 24, "report": 24}
+    assert [len(parts[part]) for part in ("train", "tune", "report")] == [72, 24, 24]
     assert len(set(itertools.chain(*parts.values()))) == 120
     devices, problems = zip(*parts["train"])
     assert set(devices) == set(DEVICES) and set(problems) == set(PROBLEMS)
@@ -90,31 +82,28 @@ def test_no_held_out_question_is_in_any_training_data():
 def test_only_the_help_desks_own_prompts_are_prompts():
     assert len(PROMPTS) == 480 and world.parse_prompt(f" {PROMPT}\n") == ("router", "gets too hot")
     assert world.parse_prompt("Help, my toaster gets too hot!") is None
-    with pytest.raises(ValueError, match="not a help-desk prompt"):
-        judge("What is the capital of France?", GOOD)
 
 
 def test_eval_prompts_visit_every_cell_and_wording_equally_often():
     prompts = world.eval_prompts("report")
     assert len(prompts) == 480 and set(Counter(prompts).values()) == {5}
-    assert Counter(map(world.cluster_of, prompts)) == dict.fromkeys(world.split()["report"], 20)
+    assert Counter(map(world.parse_prompt, prompts)) == dict.fromkeys(world.split()["report"], 20)
     assert len(set(world.eval_prompts("tune", 96))) == 96        # one cycle, no repeats
 
 
 # --- judge ----------------------------------------------------------------------------------------
 
 def test_the_judge_reads_back_the_slots_every_reply_was_made_of():
-    rng = random.Random(0)
     for mix, (prompt, (device, problem)) in itertools.product(MIXES, PROMPTS.items()):
-        for _ in range(4):
-            slots = world.sample_slots(rng, mix)
-            verdict = judge(prompt, world.write_reply(rng, device, problem, slots))
+        for seed in range(4):
+            slots = world.sample_slots(random.Random(seed), mix)         # what sample_reply draws
+            reply = world.sample_reply(random.Random(seed), device, problem, mix)
             if slots["answer"] == "vague":                       # it names no device
                 slots["device"] = "ok"
             points = sum(world.UTILITY[slot][level] for slot, level in slots.items())
             right = slots["answer"] == "right" and slots["device"] == "ok"
             rude = "rude" in (slots["open"], slots["close"])
-            assert verdict == (pytest.approx(points, abs=1e-6), 0, right, rude)
+            assert judge(prompt, reply) == (pytest.approx(points, abs=1e-6), 0, right, rude)
 
 
 F, G = FILLER[:2]
@@ -183,13 +172,11 @@ def test_replies_have_the_enumerated_distribution_of_utilities():
 def test_the_likeliest_reply_of_the_reference_is_rude_and_wrong():
     rng = random.Random(7)
     texts = [world.sample_reply(rng, "phone", "drains the battery") for _ in range(20_000)]
-    folk = FOLK["drains the battery"]
     share([text.startswith("Read ") for text in texts], .40 * 6 / 8)
     share([text.startswith("For ") for text in texts], .30 * .75)
-    share([f"please {folk}." in text for text in texts], .35 * .70 + .35 * .30 / 18)
-    share(["please lower the brightness." in text for text in texts], .40 / 2)
-    assert utility("Help, my phone drains the battery!",
-                   f"Read the manual. For your phone, please {folk}.") == -2.5
+    wrong, right = FOLK["drains the battery"], "lower the brightness"
+    share([f"please {wrong}." in text for text in texts], .35 * .70 + .35 * .30 / 18)
+    share([f"please {right}." in text for text in texts], .40 / 2)
 
 
 # --- annotator and data ---------------------------------------------------------------------------
@@ -207,15 +194,6 @@ def test_the_annotator_is_bradley_terry():
         within(won, sum(q for _, q in pairs), math.sqrt(variance))
 
 
-def test_the_noise_of_the_scores_is_gumbel():
-    """Normal noise of the same size would pass for Bradley-Terry in 8,000 pairs, but not here."""
-    noise = [row[f"score_{side}"] - utility(row["prompt"], row[side])
-             for row in world.pairs(4000, 1) for side in ("chosen", "rejected")]
-    within(sum(noise) / 8000, 0.5772, math.pi / math.sqrt(6 * 8000))
-    for x in (-1, 0, 2):
-        share([e < x for e in noise], math.exp(-math.exp(-x)))
-
-
 def test_flips_trade_places_and_leave_the_scores():
     clean, noisy = world.pairs(4000, 3), world.pairs(4000, 3, flip=0.2)
     swapped = []
@@ -228,14 +206,10 @@ def test_flips_trade_places_and_leave_the_scores():
 
 
 def test_win_probabilities_are_the_mean_chance_to_beat_a_reference_reply():
-    others = [utility(*row) for row in world.dialogues(20_000, 8, "sft")]
+    others = torch.tensor([utility(*row) for row in world.dialogues(20_000, 8, "sft")])
     for u in (-4.0, 0.0, 3.5):
-        wins = [1 / (1 + math.exp(other - u)) for other in others]
-        mean = sum(wins) / len(wins)
-        error = math.sqrt(sum((win - mean) ** 2 for win in wins)) / len(wins)
-        within(world.win_probability(u), mean, error)
-    average = math.fsum(p * world.win_probability(u) for p, u in classes())
-    assert average == pytest.approx(.5, abs=1e-12)               # by symmetry
+        wins = torch.sigmoid(u - others)
+        within(world.win_probability(u), wins.mean(), wins.std() / math.sqrt(20_000))
     for flip in (0, 0.2, 0.5):
         for row in world.pairs(20, 4, flip=flip):
             win = world.win_probability(utility(row["prompt"], row["rejected"]))
@@ -249,18 +223,6 @@ def test_thumbs_are_the_pairs_taken_apart_and_shuffled():
                 for pair in pairs for side in ("chosen", "rejected")]
     assert Counter(tuple(thumb.values()) for thumb in thumbs) == Counter(expected)
     share([thumb["label"] for thumb in thumbs[:500]], 0.5)       # in blocks it would be 1 or 0
-
-
-def test_native_thumbs_go_up_with_the_sigmoid_of_the_utility():
-    for flip in (0.0, 0.4):
-        rows = [(row["label"], utility(row["prompt"], row["completion"]))
-                for row in world.native_thumbs(8000, 6, flip=flip)]
-        for low, high in ((-math.inf, 0), (0, math.inf)):
-            rates = [(label, flip + (1 - 2 * flip) * world.sigmoid(u))
-                     for label, u in rows if low <= u < high]
-            variance = sum(q * (1 - q) for _, q in rates)
-            up = sum(label for label, _ in rates)
-            within(up, sum(q for _, q in rates), math.sqrt(variance))
 
 
 def test_keep_class_cuts_one_class_and_keeps_the_order():
@@ -301,8 +263,7 @@ def test_every_word_of_the_grammar_is_one_token():
 def test_any_text_survives_the_tokenizer():
     encoding, rng = world.tokenizer(), random.Random(1)
     texts = ["", "  two  spaces \n\t", "<|endoftext|>", "naïve 東京 🙂 12345 a_b", GOOD]
-    for limit in [128, 0x3000, 0xD800] * 50:
-        texts.append("".join(chr(rng.randrange(limit)) for _ in range(20)))
+    texts += ["".join(chr(rng.randrange(0xD800)) for _ in range(20)) for _ in range(50)]
     for text in texts:
         assert encoding.decode(encoding.encode_ordinary(text)) == text
     assert encoding.eot_token == encoding.n_vocab - 1
@@ -337,7 +298,7 @@ def gradient(loss, logratios):
 def test_the_value_of_the_optimum_is_beta_log_z_and_the_frontiers_slope_is_beta():
     for beta in (0.1, 0.5, 1, 3):
         point = optimum(beta)
-        log_z = math.log(math.fsum(p * math.exp(u / beta) for p, u in classes()))
+        log_z = (P.log() + U / beta).logsumexp(0).item()
         value = point.utility - beta * point.kl
         assert value == pytest.approx(beta * log_z, abs=1e-12)   # sums of 135 doubles
         a, b = optimum(beta * 1.001), optimum(beta / 1.001)      # central difference: step^2
@@ -357,9 +318,9 @@ def test_the_frontier_is_the_optimum_at_that_kl_and_ends_at_the_best_class():
 
 def test_no_policy_and_no_exact_optimum_lies_above_the_frontier():
     points = [world.ipo_optimum(tau) for tau in (1, .25, .1, .05, .01)]
-    for beta, labels, flip in itertools.product((.1, .5, 1, 2), ("pairs", "native"), (0, .2)):
-        points.append(world.kto_optimum(beta, labels=labels, flip=flip))
-        points.append(world.kto_optimum(beta, labels=labels, flip=flip, z0=1, lambda_d=2))
+    for beta, flip in itertools.product((.1, .5, 1, 2), (0, .2)):
+        points.append(world.kto_optimum(beta, flip=flip))
+        points.append(world.kto_optimum(beta, flip=flip, z0=1, lambda_d=2))
     rng = random.Random(0)
     for spread in [.01, .1, 1] * 10:
         tilted = world.tilt([u / 2 + rng.gauss(0, spread) for _, u in classes()])
@@ -462,7 +423,7 @@ def test_kto_optima_have_one_multiplier_and_give_up_the_least_liked_first():
 
 def test_for_large_beta_gradient_descent_finds_nothing_lower_than_the_kto_optimum():
     q = torch.tensor([world.win_probability(u) for u in U.tolist()], dtype=torch.float64)
-    for beta in (1.5, 2.0, 4.0):
+    for beta in (1.5, 4.0):
         def loss(r):
             return population_kto(r, P, q, beta, 0.0)
 
@@ -477,25 +438,18 @@ def test_for_small_beta_kto_reweights_the_reference_by_its_majority():
     pi = TABLE_P * solve(TABLE_P, c, beta=1e-3).exp()
     limit = TABLE_P * c.clamp_min(0)
     assert torch.allclose(pi, limit / limit.sum(), rtol=0, atol=1e-5)
-    small, large = world.kto_optimum(.1), world.kto_optimum(1)
-    assert abs(small.utility - large.utility) < .15 < 1 < optimum(.1).utility - optimum(1).utility
 
 
 def test_symmetric_flips_do_not_move_the_kto_optimum_at_ratio_one():
-    for beta, labels, flip in ((.5, "pairs", .2), (1, "pairs", .4), (.5, "native", .4)):
-        clean = world.kto_optimum(beta, labels=labels)           # c only shrinks by 1 - 2 flip
-        assert world.kto_optimum(beta, labels=labels, flip=flip) == pytest.approx(clean, abs=1e-10)
-    skewed = dict(lambda_d=4 / 3)
-    clean, noisy = world.kto_optimum(.5, **skewed), world.kto_optimum(.5, flip=.2, **skewed)
+    for beta, flip in ((.5, .2), (1, .4)):                       # c only shrinks by 1 - 2 flip
+        clean, noisy = world.kto_optimum(beta), world.kto_optimum(beta, flip=flip)
+        assert noisy == pytest.approx(clean, abs=1e-10)
+    clean, noisy = [world.kto_optimum(.5, flip=flip, lambda_d=4 / 3) for flip in (0, .2)]
     assert noisy.utility < clean.utility - .1
-
-
-def test_kto_labels_come_from_pairs_or_from_the_utility_alone():
-    for labels, rate in (("pairs", world.win_probability), ("native", world.sigmoid)):
-        q = .1 + .8 * torch.tensor([rate(u) for u in U.tolist()], dtype=torch.float64)
-        r = solve(P, 1.2 * q - 1.1 * (1 - q), beta=.5, z0=.3)
-        found = world.kto_optimum(.5, lambda_d=1.2, lambda_u=1.1, z0=.3, flip=.1, labels=labels)
-        assert found == pytest.approx(world._point(.5, r.tolist()), abs=1e-9)
+    skewed = world.kto_optimum(.5, lambda_d=1.2, lambda_u=1.1, z0=.3, flip=.1)
+    q = .1 + .8 * torch.tensor([world.win_probability(u) for u in U.tolist()])
+    r = solve(P, 1.2 * q - 1.1 * (1 - q), beta=.5, z0=.3)
+    assert skewed == pytest.approx(world._point(.5, r.tolist()), abs=1e-6)       # q is in float32
 
 
 def test_on_contradictory_labels_kto_takes_the_majority_and_dpo_a_finite_margin():

@@ -170,7 +170,7 @@ class Ours:
 
     def indices(self, step):
         config = self.run.config
-        return data.batch_rows(self.run.rows, config.batch_size, seed=config.seed, step=step)
+        return data.batch_rows(self.run.n_units, config.batch_size, seed=config.seed, step=step)
 
     def units(self, step):
         return [self.run.units[i] for i in self.indices(step)]

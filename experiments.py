@@ -5,6 +5,7 @@
     python experiments.py --quick      one short seed of every arm: does it all work?
     python experiments.py methods      every objective, 3 seeds; --table: only print the table
     python experiments.py objectives   the table of papers and ideas
+    python experiments.py readme       paste all tables into both READMEs
 
 A claim is a function below: its words, its source, its arms, its pictures, its checks. An arm is
 one command line of train.py; claims share arms, and results/runs.json has their numbers by seed.
@@ -554,7 +555,7 @@ def run_claims(args):
 
 
 def main(argv):
-    known = ("all", "methods", "objectives", *CLAIMS)
+    known = ("all", "methods", "objectives", "readme", *CLAIMS)
     parser = argparse.ArgumentParser(prog="experiments.py", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     flag = parser.add_argument
@@ -572,7 +573,9 @@ def main(argv):
     for name in ("seeds", "processes"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             raise SystemExit(f"--{name}: must be at least 1")
-    if "objectives" in args.names:
+    if "readme" in args.names:
+        tables.refresh(CLAIMS)
+    elif "objectives" in args.names:
         print(tables.objectives())
     elif "methods" in args.names:
         if not args.table:

@@ -4,21 +4,22 @@ A loss is a plain function. The names before its `*` are MEASURED, those after i
 
     def kto_loss(logratios, desirable, kl_logratios, *, beta=0.1, lambda_d=1.0, lambda_u=1.0)
 
-This file holds every measured name, once: a small function under `@measured(its names)`. Whatever
-else must be known of a name is said there too, and nowhere else. A new quantity is one entry.
-With this one in place, a loss may name `chosen_entropy`, and nothing else has to be touched:
+This file holds every measured name, once: a small function under `@measured(its names)`, with what
+measuring it takes. A new quantity is one entry. With this one in place a loss may name
+`chosen_entropy`, and nothing else has to be touched; it gets the sum over the response, (b,):
 
     @measured("chosen_entropy", "rejected_entropy", scope="position")
     def position_entropy(logits, targets, ref_logits):
-        '''Entropy of the next-token distribution, nats, with gradient.   (m, V) -> (m,)'''
+        '''Entropy of each next-token distribution, nats, with gradient.   (m, V) -> (m,)'''
         logps = wide_log_softmax(logits)
         return -(logps.exp() * logps).sum(-1)
 
 Words.
     row    one sequence, prompt and response (data.Row); its mask says which tokens count
     unit   the rows of one example: (y,), (y, y'), (chosen, rejected) or (chosen, rejected, target).
-           y' is the mismatched row: this prompt with another prompt's response, for KTO's z0.
-           The first `trained` rows carry a gradient, the others are only measured
+           y' is the mismatched row: this prompt with another prompt's response, for KTO's z0 (with
+           --z0 on_policy the policy's own response). The first `trained` rows carry a gradient,
+           the others are only measured
     batch  the units of one optimiser step, over all processes
     part   some units of a batch: what one forward takes
 
@@ -30,7 +31,7 @@ split of a batch gives the same step.
 import difflib
 import inspect
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
 
@@ -47,8 +48,8 @@ class Quantity(NamedTuple):
     compute: Callable
     row: int               # which row of a unit it speaks of: 0 chosen, 1 rejected, 2 target
     scope: str             # example, position, batch or token: see below
-    needs: tuple           # "reference": its log-probs. "distributions": its model, at every step.
-                           # "partners": mismatched rows. "author": responses of the policy's own
+    needs: tuple           # "reference": its log-probs. "distributions": the reference's model, at
+                           # every step. "partners": mismatched rows. "author": own responses
     zero: bool             # is it 0 where policy and reference are equal?
 
 
@@ -56,7 +57,7 @@ MEASURED = {}
 
 
 def measured(*names, scope="example", needs=(), zero=False):
-    """Register a function under its names; the k-th name speaks of the k-th row of a unit.
+    """Register a function under its names; the k-th name of a line speaks of a unit's k-th row.
 
     scope     the function                        gives
     example   f(part, row)                        (b,)  one number per unit of the part
@@ -230,7 +231,7 @@ def is_paired(wants):
 def logps(policy, units, extra=None):
     """log pi(y|x) of every row of every unit, with gradient.   (b, rows per unit)
 
-    extra: k numbers more per position (see GPT.forward), their sums follow: (1 + k, b, rows).
+    extra: k numbers more per position (model.Policy.forward); their sums follow: (1 + k, b, rows).
     """
     rows = [row for unit in units for row in unit]
     device = next(policy.parameters()).device
@@ -272,14 +273,15 @@ class Reference:
 
     No reference at all is a table of zeros. `mix` and `every` make it a moving one (TR-DPO).
     """
-    table: torch.Tensor = None       # (rows of the data set, rows per unit) float64
+    table: torch.Tensor = None       # (units of the data set, rows per unit) float64
     model: object = None             # for losses that look at whole distributions, too
     mix: float = 0.0
     every: int = 0
 
-    def logps(self, rows, units):
+    def logps(self, indices, units):
+        """Of these units, whose places in the data set are `indices`.   (B, rows per unit)"""
         if self.table is not None:
-            return self.table[rows]
+            return self.table[indices]
         return score(self.model, units)
 
     def follow(self, policy, step):
@@ -333,24 +335,30 @@ class Part:
 
     def __getitem__(self, name):
         if name in self.known:
-            return self.like_logps(self.known[name])
+            return as_like(self.known[name], self.logps)
         quantity = MEASURED[name]
         if quantity.scope == "position":
             return self.position_sums[quantity.compute][:, quantity.row]
         return quantity.compute(self, quantity.row)
-
-    def like_logps(self, tensor):
-        return tensor.to(self.logps.dtype).to(self.logps.device)
 
     def column(self, values, dtype=None):
         values = torch.tensor(list(values), dtype=dtype or self.logps.dtype)
         return values.to(self.logps.device)
 
 
+def as_like(tensor, other):
+    """First the type, then the device: Apple's GPUs have no float64."""
+    return tensor.to(other.dtype).to(other.device)
+
+
 # --- objectives ---------------------------------------------------------------------------------
 
 class Objective:
-    """What the loop asks of anything that learns; Preferences below, rollouts.PPO elsewhere."""
+    """What the loop asks of anything that learns: Preferences below, rollouts.PPO elsewhere.
+
+    Both define batches(policy, step), measure(policy, batch, part), and for the log
+    watch(measured, losses), report(sums, batch), tokens(batch), first_look(policy).
+    """
 
     def __init__(self, loss, hyper, reference):
         self.loss = loss
@@ -385,8 +393,8 @@ class Preferences(Objective):
         found = {name: MEASURED[name] for name in self.wants if name not in self.given}
         self.over_batch = [name for name, q in found.items() if q.scope == "batch"]
         self.zero_at_equal = [name for name, q in found.items() if q.zero]
-        self.over_positions = list({q.compute: None for q in found.values()
-                                    if q.scope == "position"})
+        positions = [q.compute for q in found.values() if q.scope == "position"]
+        self.over_positions = list(dict.fromkeys(positions))             # each once, in order
         if any(q.compute is confidence_weight for q in found.values()):
             self.over_positions.append(position_confidence)
 
@@ -394,14 +402,14 @@ class Preferences(Objective):
 
     def batches(self, policy, step):
         """The one batch of this step: a function of (data, seed, step)."""
-        rows = data.batch_rows(len(self.units), self.batch_size, seed=self.seed, step=step)
-        units = [self.units[i] for i in rows]
+        indices = data.batch_rows(len(self.units), self.batch_size, seed=self.seed, step=step)
+        units = [self.units[i] for i in indices]
         if self.own_answers:
             own = self.own_answers(policy, units, [self.seed, step])
             units = [(*unit, answer) for unit, answer in zip(units, own)]
         ref_logps = None
         if self.reference is not None:
-            ref_logps = self.reference.logps(rows, units)
+            ref_logps = self.reference.logps(indices, units)
         whole = Whole(policy, units, ref_logps, self.trained, self.hyper, self.running)
         known = dict(self.given)
         for name in self.over_batch:
@@ -424,13 +432,13 @@ class Preferences(Objective):
             position_sums = dict(zip(self.over_positions, sums))
         else:
             own = logps(policy, units)
-        found = Part(units, own, None, position_sums, batch.known)
+        ref_logps = None
         if batch.ref_logps is not None:
-            found.ref_logps = found.like_logps(batch.ref_logps[part, :self.trained])
-        return found
+            ref_logps = as_like(batch.ref_logps[part, :self.trained], own)
+        return Part(units, own, ref_logps, position_sums, batch.known)
 
     def extra(self, units):
-        """What the policy's forward is to measure at every position: see GPT.forward.
+        """What the policy's forward is to measure at every position: see model.Policy.forward.
 
         Only the reference's hidden states are kept: its logits are made chunk by chunk, so no
         two (M, V) tensors are alive.

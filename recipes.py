@@ -10,7 +10,7 @@ A preference method answers four questions, and a recipe holds the answers:
 Every answer is a function. A loss without an entry here is a recipe with the usual answers, so
 `find` gives a recipe for any name that --loss takes. A new recipe is one entry.
 
-The functions get `run` (train.Run), which knows the settings and loads models:
+The functions get `run` (plumbing/run.py), which knows the settings and loads models:
     run.config, run.options        settings of the run; the recipe's own flags, z0, slic_target
     run.policy, run.tokenizer      what is trained; what turns text into tokens
     run.reference_folder           of the model that this stage is compared with
@@ -18,11 +18,11 @@ The functions get `run` (train.Run), which knows the settings and loads models:
 """
 
 import json
-import os
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
+from functools import partial
 
 import numpy as np
 import torch
@@ -38,7 +38,7 @@ from plumbing import parallel, rundir
 
 # --- which tokens, and of which rows ------------------------------------------------------------
 
-def as_signed(units, run):
+def units_for_loss(units, run):
     """The units that the loss's signature asks for."""
     wants = run.recipe.wants
     if not is_paired(wants) and "desirable" not in wants:    # it knows no labels: it imitates
@@ -125,7 +125,7 @@ def easy_first(run, units, stage):
 def self_play(run, units, stage):
     """SPIN: the rejected response is the policy's own, as the last stage left it."""
     path = run.out / f"stage-{stage}-samples.json"
-    said = sampled_once(run, units, path, run.load_reference(), False)
+    said = sampled_once(run, units, path, run.load_reference(), desirable=False)
     return [(unit[0], row) for unit, row in zip(units, said)]
 
 
@@ -135,7 +135,8 @@ def with_target(run, units, stage):
     if source == "chosen":
         return [(*unit[:2], unit[0]) for unit in units]
     if source == "sample":
-        said = sampled_once(run, units, run.out / "targets.json", run.load_reference(), True)
+        said = sampled_once(run, units, run.out / "targets.json", run.load_reference(),
+                            desirable=True)
         return [(*unit[:2], row) for unit, row in zip(units, said)]
     return units
 
@@ -149,7 +150,7 @@ def own_answers(run, policy, units, seed, desirable=None):
             for unit, prompt, response in zip(units, prompts, written)]
 
 
-def sampled_once(run, units, path, policy, desirable):
+def sampled_once(run, units, path, policy, *, desirable):
     """The same for a whole data set; kept in `path`, so that a resumed run reads them."""
     if run.config.dry_run:                                   # another row's, to estimate the cost
         return [units[k - 1][0] for k in range(len(units))]
@@ -220,8 +221,7 @@ def actor_and_critic(run):
 def preferences(run, units, reference):
     own = None
     if run.options.get("z0") == "on_policy":
-        def own(policy, units, seed):
-            return own_answers(run, policy, units, seed)
+        own = partial(own_answers, run)
     return Preferences(run.recipe.loss, run.hyper, units, reference, trained=run.trained,
                        batch_size=run.config.batch_size, seed=run.config.seed, given=run.given,
                        own_answers=own, mean_over_tokens=run.recipe.loss is token_nll_loss)
@@ -247,7 +247,7 @@ def token_nll_loss(logps):
 @dataclass(frozen=True)
 class Recipe:
     loss: Callable
-    prepare: Callable = None               # after `as_signed`: (units, run) -> units
+    prepare: Callable = None               # after `units_for_loss`: (units, run) -> units
     stage_units: Callable = the_data       # (run, units, stage) -> the units of one stage
     reference: Callable = frozen           # (run, units, stage) -> objective.Reference or None
     learner: Callable = language_model     # run -> the module that is trained

@@ -4,7 +4,7 @@
         for batch in objective.batches(policy, step):        one; PPO: several, of its own responses
             for part in this process's share of the batch:
                 measured = what the loss's signature names, on these examples
-                (loss(measured).sum() / batch.n).backward()
+                (weight * loss(measured).sum() / batch.n).backward()
             sum the gradients over processes, clip, AdamW
 
 The loop knows no loss by name. A loss is a function (kto.py, dpo_variants.py, ppo.py); what it is
@@ -33,6 +33,7 @@ import torch
 
 import data
 import model
+import objective
 import recipes
 import world
 from objective import Preferences
@@ -43,14 +44,16 @@ from plumbing.run import Run
 # --- one step -----------------------------------------------------------------------------------
 
 def train_step(policy, objective, optimizer, step, config, update=True):
-    """The optimiser's steps on the batches of one step.   -> the line for the log"""
+    """One step: usually one batch and one update, of PPO several.   -> its line for the log"""
     started = time.perf_counter()
+    lr = learning_rate(step, config)
     for group in optimizer.param_groups:
-        group["lr"] = learning_rate(step, config)
+        group["lr"] = lr
     tokens = 0
     for batch in objective.batches(policy, step):
         watched = []
         size = batch.part_size or config.micro_batch_size
+        # weight 0: a filler, so that all processes run equally many forwards
         for part, weight in parallel.deal(batch.units, policy.token_budget, size):
             measured = objective.measure(policy, batch, part)
             losses = objective.losses(measured)
@@ -68,8 +71,7 @@ def train_step(policy, objective, optimizer, step, config, update=True):
     if update and objective.reference is not None:
         objective.reference.follow(policy, step)
     seconds = max(time.perf_counter() - started, 1e-9)
-    return line | {"grad_norm": norm, "lr": learning_rate(step, config),
-                   "tokens_per_second": tokens / seconds}
+    return line | {"grad_norm": norm, "lr": lr, "tokens_per_second": tokens / seconds}
 
 
 def sum_up(watched):
@@ -77,7 +79,8 @@ def sum_up(watched):
     totals = 0
     for weight, sums in watched:
         totals = totals + weight * torch.stack(list(sums.values()))
-    return dict(zip(sums, parallel.total(totals).tolist()))
+    names = list(watched[0][1])
+    return dict(zip(names, parallel.total(totals).tolist()))
 
 
 def clip_gradients(policy, most):
@@ -127,7 +130,7 @@ def train(run, objective, stage, first):
     if first and run.load_checkpoint(optimizer, objective.reference) != run.done(stage, first):
         raise SystemExit("--resume: the newest checkpoint lacks the reference; --overwrite")
     look = None
-    if run.begins(stage, first):
+    if stage == first == 0:
         look = objective.first_look(policy, config.micro_batch_size)
     with run.diary(stage, first) as diary, stopping() as stop:
         for step in range(first, config.steps):
@@ -169,7 +172,7 @@ def base_model(config, source):
     stages = source.base_stages()
     key = hashlib.sha256(json.dumps([asdict(source.shape), config.seed, torch.__version__,
                                      [(what, how) for what, _, how in stages]]).encode())
-    for file in (data, model, world, sys.modules[__name__]):
+    for file in (data, model, objective, recipes, world, sys.modules[__name__]):
         key.update(Path(file.__file__).read_bytes())
     for _, units, _ in stages:
         for row, in units:
@@ -197,12 +200,12 @@ def make_base_model(folder, stages, config, source):
     parallel.use_threads(policy)
     for what, units, how in stages:
         how = replace(config, micro_batch_size=0, max_grad_norm=1.0, **how)
-        objective = Preferences(recipes.token_nll_loss, {}, units, None, batch_size=how.batch_size,
+        imitation = Preferences(recipes.token_nll_loss, {}, units, None, batch_size=how.batch_size,
                                 seed=how.seed, trained=1, mean_over_tokens=True)
         optimizer = make_optimizer(policy, how)
         bar = parallel.bar(how.steps, f"{what}, step")
         for step in range(how.steps):
-            line = train_step(policy, objective, optimizer, step, how)
+            line = train_step(policy, imitation, optimizer, step, how)
             bar.set_postfix_str(f"loss {line['loss']:.3f} per token", refresh=False)
             bar.update()
         bar.close()
@@ -224,17 +227,18 @@ def run_once(argv):
     run.find_models()
     run.read()
     parallel.join(config.device, config.timeout)
-    announce.settings_of(run)
     run.prepare_units()
     run.count_steps()
+    balance = run.balance_lambdas()
+    announce.settings_of(run, balance)
     run.find_judges()
 
     clock = time.perf_counter()
-    if config.resume:                                        # from what it started from
+    if config.resume:                                        # from the same models as before
         old = rundir.read_config(out)
         config.init, config.ref = config.init or old["init"], config.ref or old["ref"]
     base = config.model
-    if not base and not (config.init and config.ref):
+    if not base and not (config.init and config.ref):        # nobody names one: make it
         base = base_model(config, run.source)
     config.init, config.ref = config.init or base, config.ref or base
     run.start()
@@ -267,7 +271,7 @@ def main(argv=None):
             raise
         line = " ".join(e.code.split())                      # names come from files
         if not parallel.first_to_say(line):
-            line = 1
+            line = 1                                         # another process has said it
         raise SystemExit(line) from None
     except BrokenPipeError:                                  # --help | head
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

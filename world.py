@@ -349,10 +349,14 @@ def sessions(n, seed):
 def session_dialogues(n, seed, mix):
     """n conversations of two exchanges: what a base model for sessions learns to write."""
     rng = random.Random(f"session dialogues {mix} {seed}")
-    talks = [[] for _ in range(n)]
-    for i, (device, problem, prompt) in enumerate(_prompts(rng, 2 * n)):
-        reply = sample_reply(rng, device, problem, mix)
-        talks[i // 2] += [_message("user", prompt), _message("assistant", reply)]
+    cells = _prompts(rng, 2 * n)
+    talks = []
+    for both in zip(cells, cells):
+        talk = []
+        for device, problem, prompt in both:
+            reply = sample_reply(rng, device, problem, mix)
+            talk += [_message("user", prompt), _message("assistant", reply)]
+        talks.append(talk)
     return talks
 
 

@@ -16,8 +16,8 @@ from plumbing.formats import counts_line
 from plumbing.parallel import say
 
 
-def settings_of(run):
-    """What is about to happen, on what data."""
+def settings_of(run, balance):
+    """What is about to happen, on what data. balance: the line about lambdas, if there is one."""
     loss = run.recipe.loss
     equation = (inspect.getdoc(loss) or loss.__name__).splitlines()[0].removesuffix("(B,)").strip()
     say(f"nanoKTO | --loss {run.config.loss}: {equation}")
@@ -25,7 +25,6 @@ def settings_of(run):
     say(f"data: {run.source.format} | {counts_line(run.source.counts)}")
     if run.source.hint:
         say(run.source.hint)
-    balance = run.balance_lambdas()
     if balance:
         say(balance)
 

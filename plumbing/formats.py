@@ -100,7 +100,7 @@ def parse(record, where="", *, columns=None, threshold=None, scored="labels", pr
     found = found[0]
     name = ", ".join(found)
     examples = FORMATS[found](row)
-    if "chosen" in found:
+    if isinstance(examples[0], Pair):
         return name, examples
     if scored == "pairs":                            # then scores are what counts, not labels
         if "label" in found and "reward" in row.cells:

@@ -6,6 +6,7 @@ batch however that is split. `self` is an objective.Preferences: it takes these 
 
 import torch
 
+import kto
 from plumbing import parallel
 
 
@@ -26,7 +27,9 @@ def watch(self, part, losses):
     if ratios.shape[1] > 1:
         right = (ratios[:, 0] > ratios[:, 1]) == up[:, 0]
     else:
-        z0 = clamped_mean(part.known.get("kl_logratios", []))
+        z0 = 0.0
+        if "kl_logratios" in part.known:
+            z0 = float(kto.reference_point(part.known["kl_logratios"]))
         right = torch.where(up, ratios > z0, ratios < z0)
     return sums | {"rewards/chosen": beta * (good * ratios).sum(),
                    "rewards/rejected": beta * (bad * ratios).sum(),
@@ -43,7 +46,7 @@ def report(self, sums, batch):
             "logps/rejected": mean("logps/rejected", "bad")}
     if "kl_logratios" in batch.known:
         ratios = batch.known["kl_logratios"]
-        line["z0"] = clamped_mean(ratios)
+        line["z0"] = float(kto.reference_point(ratios))
         line["z0_raw"] = float(ratios.sum()) / max(1, len(ratios))
     if "rewards/chosen" in sums:
         good = mean("rewards/chosen", "good")
@@ -52,13 +55,6 @@ def report(self, sums, batch):
         line |= {"rewards/chosen": good, "rewards/rejected": bad, "rewards/margins": margin,
                  "rewards/accuracies": mean("rewards/accuracies", "units")}
     return line
-
-
-def clamped_mean(kl_logratios):
-    """KTO's z0: mean first, then the clamp; 0 of an empty tensor."""
-    if not len(kl_logratios):
-        return 0.0
-    return max(0.0, float(kl_logratios.mean()))
 
 
 def tokens(self, batch):

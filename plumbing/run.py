@@ -1,4 +1,11 @@
-"""One command line on its way: what recipes ask for, and what a stage hands to the next."""
+"""A run: what it learns from, which models it loads, where it starts, what it leaves.
+
+train.run_once calls its methods in this order:
+    find_models, read, prepare_units, count_steps      data: from files to the units of a step
+    find_judges, start                                 models: a reward, a judge, the policy
+    record, prepare_folder, begin_stage                the run's folder; the objective of a stage
+    finish                                             model/, eval.json, pictures
+"""
 
 import gc
 import hashlib
@@ -11,7 +18,6 @@ from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
 
-import numpy as np
 import torch
 
 import data
@@ -47,7 +53,7 @@ class Run:
     def prepare_units(self):
         """The examples, as the loss and the recipe want them."""
         config, recipe = self.config, self.recipe
-        units = recipes.as_signed(self.source.units, self)
+        units = recipes.units_for_loss(self.source.units, self)
         if recipe.prepare:
             units = recipe.prepare(units, self)
         self.trained = 1                                     # rows of a unit with a gradient
@@ -72,19 +78,19 @@ class Run:
     def count_steps(self):
         """--epochs in steps of one stage, and a batch that is no larger than the data."""
         config = self.config
-        self.rows = len(self.units)
+        self.n_units = len(self.units)                       # of one stage
         if self.recipe.stage_units is recipes.easy_first:
-            self.rows //= self.stages
-        if not self.rows:
+            self.n_units //= self.stages
+        if not self.n_units:
             raise SystemExit(f"--stages {self.stages}: there are only {len(self.units)} pairs")
-        config.batch_size = min(config.batch_size, self.rows)
-        steps = math.ceil(config.epochs * data.steps_per_epoch(self.rows, config.batch_size))
+        config.batch_size = min(config.batch_size, self.n_units)
+        steps = math.ceil(config.epochs * data.steps_per_epoch(self.n_units, config.batch_size))
         config.steps = config.steps or max(1, steps)
 
     def epoch(self, step):
         """Passes over the stage's data when this step is done."""
-        epoch, k = divmod(step, data.steps_per_epoch(self.rows, self.config.batch_size))
-        return round(epoch + min(1.0, (k + 1) * self.config.batch_size / self.rows), 4)
+        epoch, k = divmod(step, data.steps_per_epoch(self.n_units, self.config.batch_size))
+        return round(epoch + min(1.0, (k + 1) * self.config.batch_size / self.n_units), 4)
 
     def balance_lambdas(self):
         """`auto` becomes numbers.   -> the line that says which, or None"""
@@ -126,7 +132,6 @@ class Run:
         self.policy = self.recipe.learner(self)
         self.policy.precision = config.dtype
         actor = self.actor
-        self.unmoved = Path(config.init).resolve() == Path(config.ref).resolve()
         if config.checkpoint_activations:
             self.policy.checkpoint_activations()
         if config.save == "adapter" and actor.sft_adapter:
@@ -259,9 +264,6 @@ class Run:
 
     def is_over(self, stage, step):
         return self.done(stage, step + 1) == self.stages * self.config.steps
-
-    def begins(self, stage, first):
-        return stage == 0 and first == 0
 
     @contextmanager
     def diary(self, stage, first):

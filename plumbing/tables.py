@@ -20,6 +20,21 @@ METHODS = ROOT / "results" / "methods.json"
 NAMES = list(dict.fromkeys([*recipes.LOSSES, *recipes.RECIPES]))
 
 
+def refresh(every_claim):
+    """Paste the tables into both READMEs."""
+    tables = (claims(every_claim), methods(), objectives())
+    starts = {table[:table.index("\n")]: table for table in tables}
+
+    def fresh(old):
+        head = old[0][:old[0].index("\n")]
+        return starts.get(head, old[0].rstrip("\n")) + "\n"
+
+    for name in ("README.md", "README.zh.md"):
+        text = (ROOT / name).read_text(encoding="utf-8")
+        text = re.sub(r"(?:^\|.*\n)+", fresh, text, flags=re.MULTILINE)
+        (ROOT / name).write_text(text, encoding="utf-8")
+
+
 def markdown(head, rows):
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     for row in rows:
@@ -42,12 +57,10 @@ def objectives():
 def source_of(name, recipe):
     """Where its code is, paper, idea: a recipe's own, else from the docstring of the loss."""
     if recipe.paper:
-        lines = (ROOT / "recipes.py").read_text().splitlines()
-        line = lines.index(f'    "{name}": Recipe(') + 1
-        return f"recipes.py#L{line}", recipe.paper, recipe.idea + "."
-    file, line = inspect.getsourcefile(recipe.loss), inspect.getsourcelines(recipe.loss)[1]
+        return "recipes.py", recipe.paper, recipe.idea + "."
+    file = Path(inspect.getsourcefile(recipe.loss)).name
     said = re.search(r"Paper: (.+?)\nIdea: (.+?\.)(\n|$)", inspect.getdoc(recipe.loss), re.DOTALL)
-    return f"{Path(file).name}#L{line}", " ".join(said[1].split()), " ".join(said[2].split())
+    return file, " ".join(said[1].split()), " ".join(said[2].split())
 
 
 def reference_of(recipe):

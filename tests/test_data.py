@@ -123,16 +123,19 @@ def test_rows_know_the_scores_of_their_side_and_cannot_be_changed():
 # --- several turns --------------------------------------------------------------------------------
 
 def test_a_conversations_ids_are_the_templates_and_its_mask_the_turns_asked_for(tokenizers):
+    every = ["a1#", "a2#", "a3#", "a4#"]
     for tokenizer in tokenizers.values():
         ids, _ = tokenizer.conversation(ASK + GO)
-        every = ["a1#", "a2#", "a3#", "a4#"]
-        for how, first, runs in [("last", "a2", ["a4#"]), ("all", "a1", every)]:
+        for how, first, runs in [("last", "a2", every[3:]), ("all", "a1", every)]:
             ((row,),), _ = encode([Feedback(ASK, GO, False)], tokenizer, turns=how)
             assert row.ids.tolist() == ids and trained_runs(row, tokenizer) == runs
             assert tokenizer.decode(row.response).startswith(first)
         # a response of one turn: "all" also trains the answers in its prompt
         ((row,),), _ = encode([Feedback(ASK, "a2", True)], tokenizer, turns="all")
-        assert trained_runs(row, tokenizer) == ["a1#", "a2#"]
+        assert trained_runs(row, tokenizer) == every[:2]
+        # cut when it was sampled: its last turn has no end, the earlier ones do
+        ((row,),), _ = encode([Feedback(ASK, GO, True, whole=False)], tokenizer, turns="all")
+        assert trained_runs(row, tokenizer) == [*every[:3], "a4"]
 
 
 def test_both_sides_of_a_pair_are_trained_after_their_shared_prompt(tokenizers):
@@ -149,25 +152,6 @@ def test_both_sides_of_a_pair_are_trained_after_their_shared_prompt(tokenizers):
         (unit,), _ = encode([Pair(ASK, GO[:1], GO, target="c")], tokenizer)    # of one and of five
         assert len({row.prompt_key for row in unit}) == 1
         assert [trained_runs(row, tokenizer) for row in unit] == [["a2#"], ["a4#"], ["c#"]]
-
-
-@given(st.lists(texts, min_size=5, max_size=5))
-def test_trained_turns_are_exactly_the_assistants_texts_whatever_they_spell(tokenizers, contents):
-    assume(all(content.strip() for content in contents[::2]))
-    example = Feedback(turns("Q"), turns(*contents, first="assistant"), True)
-    for tokenizer, ends in ((BYTES, 3), (tokenizers["trim"], 6)):
-        ((row,),), _ = encode([example], tokenizer, turns="all", max_len=4000)
-        ids = [[*tokenizer.encode(content), tokenizer.eot] for content in contents[::2]]
-        assert row.ids[row.mask > 0].tolist() == sum(ids, [])
-        assert (row.ids == tokenizer.eot).sum() == ends                  # no text that spells one
-
-
-def test_a_continuation_that_was_cut_has_no_end_but_its_earlier_turns_do(tokenizers):
-    for tokenizer in tokenizers.values():
-        for whole, add_eot in ((False, True), (True, False)):
-            ((row,),), _ = encode([Feedback(ASK, GO, True, whole)], tokenizer, turns="all",
-                                  add_eot=add_eot)
-            assert trained_runs(row, tokenizer) == ["a1#", "a2#", "a3#", "a4"]
 
 
 def test_a_continuation_is_cut_from_the_right_and_dropped_where_nothing_trained_is_left():
@@ -278,8 +262,7 @@ def test_lambda_weights_reach_the_ratio_and_the_smaller_is_one(n_d, n_u, ratio):
     assert lambda_d * n_d / (lambda_u * n_u) == pytest.approx(ratio, rel=4e-15)   # four roundings
 
 
-def test_lambda_weights_of_the_paper_of_an_empty_class_and_of_a_bad_ratio():
-    assert lambda_weights(1, 10) == (pytest.approx(40 / 3), 1.0)
+def test_lambda_weights_are_one_without_a_class_and_the_ratio_is_the_papers():
     assert lambda_weights(0, 5) == lambda_weights(5, 0) == (1.0, 1.0)
     for ratio in (0.99, 1.51, float("nan")):
         with pytest.raises(ValueError, match="3/2"):
@@ -387,9 +370,7 @@ def test_showing_labels_prints_prompt_trained_tokens_and_partner(tmp_path, capsy
     assert block in shown and "  - Fans. (cut: no end)\n" in shown and "\033" not in shown
     monkeypatch.setenv("FORCE_COLOR", "1")
     show.main([str(path), "--columns", "prompt=q", "--max_len", "9", "--max_prompt_len", "4"])
-    shown = capsys.readouterr().out
-    for text in ("[90mWhy?", "[32mVents", "[31mFans.", "[34mFans."):
-        assert f"\033{text}\033[0m" in shown
+    assert "\033[32mVents\033[0m" in capsys.readouterr().out           # its last two are cut
 
 
 def test_showing_pairs_prints_the_trained_turns_of_both_sides(tmp_path, capsys):

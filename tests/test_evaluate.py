@@ -29,12 +29,6 @@ def test_the_interval_is_that_of_the_clusters_and_of_95_per_cent():
     assert low < of_cluster.mean() < high
 
 
-def test_a_cluster_counts_as_often_as_it_has_values():
-    clusters = [i for i in range(200) for _ in range(9)] + list(range(200, 400))
-    low, high = evaluate.bootstrap_ci([1] * 1800 + [0] * 200, clusters)
-    assert 0.85 < low < 0.9 < high < 0.95                        # 0.5, were all clusters alike
-
-
 @pytest.fixture(scope="module")
 def two_policies():
     torch.manual_seed(0)
@@ -71,7 +65,7 @@ def test_margins_give_none_for_an_absent_class():
     assert found == {"logratio_desirable": -0.5, "logratio_undesirable": -2.0, "margin": 1.5,
                      "accuracy": 0.75, "n": 4}
     alone = evaluate.margins(torch.ones(2), torch.zeros(2), [True, True])
-    assert alone["margin"] is None and "none" in evaluate.margins_line("train", alone)
+    assert alone["margin"] is None and alone["logratio_desirable"] == 1
 
 
 def test_a_long_prompt_loses_its_left_end_and_leaves_room_for_a_reply():
@@ -107,41 +101,25 @@ def test_a_policy_that_is_the_reference_wins_half_of_the_time(desk):
     assert r["n"] == len(r["utilities"]) == 480 and r["split"] == "report"
     prompts = world.eval_prompts("report")
     wins = evaluate.wins_of(np.array(r["utilities"]), np.array(r["utilities_ref"]))
-    cells = [world.cluster_of(prompt) for prompt in prompts]
+    cells = [world.parse_prompt(prompt) for prompt in prompts]
     assert r["win_rate_ci95"] == evaluate.bootstrap_ci(wins, cells)
     assert r["win_rate_ci95"] != evaluate.bootstrap_ci(wins, prompts)
 
 
 def test_a_world_runs_end_leaves_its_files_and_tells_the_story(desk, tmp_path, capsys):
     policy, tokenizer = desk
-    (tmp_path / "config.json").write_text("{}")
     metrics = [{"step": step, "loss": 0.5, "z0_raw": -1.0, "z0": 0.0} for step in range(3)]
     (tmp_path / "metrics.jsonl").write_text("\n".join(map(json.dumps, metrics)))
     judge = partial(evaluate.evaluate_world, tokenizer=tokenizer, n=12)
     config = SimpleNamespace(out=str(tmp_path), seed=0, loss="kto")
     evaluate.report_world(judge, policy, policy, tokenizer, config, {"base": 1.0, "align": 2.0})
     said = capsys.readouterr().out
-    for words in ("win rate against the reference", "clamped to 0 in 100%", "KL(policy", "policy "):
-        assert words in said
+    assert "win rate against the reference" in said and "clamped to 0 in 100%" in said
     result = evaluate.read_result(tmp_path)
     assert result["seconds"].keys() == {"base", "align", "evaluate"} and "utilities" not in result
     assert len((tmp_path / "samples.md").read_text().splitlines()) == 4 + 12
     for picture in ("curves.png", "frontier.png"):
         assert (tmp_path / picture).read_bytes()[:4] == b"\x89PNG"
-
-
-def test_the_summary_of_runs_is_their_mean_and_deviation(tmp_path, run):
-    for name, win in (("a", 0.8), ("b", 0.9)):
-        (tmp_path / name).mkdir()
-        evaluate.save_result(tmp_path / name, {
-            "win_rate": win, "win_rate_ci95": [0.7, 0.95], "reward": 2.0, "kl": 10 * win,
-            "optimum_at_same_kl": {"win_rate": 0.95, "reward": 2.5}, "malformed": 0.05,
-            "reward_greedy": 2.0})
-    table = evaluate.summary([tmp_path / "a", tmp_path / "b"])
-    assert "| a | 0.800 [0.700, 0.950] | 0.950 | 2.000 | 2.500 | 8.000 | 0.050 | 2.000 |" in table
-    assert "| mean +- sd | 0.850 +- 0.071 | 0.950 +- 0.000 |" in table
-    with pytest.raises(SystemExit, match="no evaluation on the embedded world there"):
-        evaluate.main([str(run), str(run)])
 
 
 # --- runs on files: comparisons -------------------------------------------------------------------
@@ -180,7 +158,8 @@ def test_every_judge_of_a_run_on_files_reads_the_same_texts(run, tmp_path, capsy
     assert [row["prompt"] for row in rows] == [f"Question {i}" for i in range(10)]
 
     by_length = evaluate_run(run, "--judge", f"{tmp_path}/j.py:length")
-    wins = [(b > a) + 0.5 * (a == b) for a, b in (row["lengths"] for row in rows)]
+    lengths = [(len(row["reference"]), len(row["policy"])) for row in rows]
+    wins = [(b > a) + 0.5 * (a == b) for a, b in lengths]
     assert by_length["win_rate"] == np.mean(wins) and by_length["kl"] > 0
     low, high = by_length["win_rate_ci95"]
     assert low <= by_length["win_rate"] <= high
@@ -206,20 +185,20 @@ def test_every_judge_of_a_run_on_files_reads_the_same_texts(run, tmp_path, capsy
 
 def test_policy_and_reference_answer_with_different_random_numbers(run):
     same = evaluate.load_policy(run / "model")
-    evaluate.save_result(run, {"judged": "older texts"})
-    rows = evaluate.compare(run, evaluate.run_config(run), lambda: (same, same, load_tokenizer()))
+    rows = evaluate.compare(run, evaluate.run_config(run), lambda: (same, same, load_tokenizer()),
+                            max_new_tokens=20)
     assert all(row["reference"] != row["policy"] for row in rows)
-    assert "judged" not in evaluate.read_result(run)
 
 
 def test_a_kept_comparison_is_never_replaced_unasked_nor_used_after_the_run_went_on(run, tmp_path):
     evaluate_run(run, "--n", 4, "--max_new_tokens", 5)
     for flags in (["--n", 5], ["--data", "other.jsonl"], ["--seed", 1]):
-        with pytest.raises(SystemExit, match=f"{flags[0]} .*was sampled with.*--resample"):
+        with pytest.raises(SystemExit, match=f"{flags[0]} .*was sampled with.*delete it"):
             evaluate_run(run, *flags)
     judged = evaluate_run(run, "--n", 4, "--judge", f"{tmp_path}/j.py:same")
     assert judged["n"] == 4 and len(evaluate.kept_comparison(run)[0]) == 4
-    anew = evaluate_run(run, "--resample", "--n", 5, "--max_new_tokens", 5)
+    (run / "comparison.jsonl").unlink()
+    anew = evaluate_run(run, "--n", 5, "--max_new_tokens", 5)
     assert anew["win_rate"] is None and len(evaluate.kept_comparison(run)[0]) == 5
     evaluate.save_result(run, {})                                # as a run that is continued does
     assert evaluate.kept_comparison(run) == ([], {})
@@ -237,48 +216,25 @@ def test_prompts_come_from_any_file_that_trains_and_conversations_survive_the_di
 
 def test_prompts_are_those_of_the_held_out_file_and_of_more_a_seeded_draw(run, tmp_path):
     record = evaluate.run_config(run)
-    drawn = [evaluate.held_out_prompts(record, (), None, {"n": 4, "seed": seed})[0]
-             for seed in range(3)]
+    drawn = [evaluate.held_out_prompts(record, (), 4, seed)[0] for seed in range(3)]
     assert all(len(prompts) == 4 and prompts == sorted(prompts) for prompts in drawn)
     assert drawn[0] != drawn[1] or drawn[0] != drawn[2]
     (tmp_path / "held.jsonl").write_text('{"prompt": "x", "completion": "y", "reward": 1}\n')
     record["eval_data"] = [str(tmp_path / "held.jsonl")]         # scores need no --threshold here
-    assert evaluate.held_out_prompts(record, (), None, {"n": 4, "seed": 0})[0] == ["x"]
+    assert evaluate.held_out_prompts(record, (), 4, 0)[0] == ["x"]
 
 
-def test_a_world_run_keeps_its_own_win_rate_beside_another_judges(run):
-    record = evaluate.run_config(run) | {"task": "world"}
-    evaluate.save_result(run, {"win_rate": 0.9})
-    rows = [{"prompt": prompt, "reference": "a", "policy": "bb", "lengths": [1, 2]}
-            for prompt in world.eval_prompts("report", 6)]
-
-    def length(prompts, responses):
-        return [len(response) for response in responses]
-
-    found = evaluate.judge_comparison(run, record, rows, length, "j.py:length")
-    result = evaluate.read_result(run)
-    assert result["win_rate"] == 0.9 and result["judged"]["win_rate"] == found["win_rate"] == 1
-
-
-def test_wordings_of_one_question_are_one_cluster_for_every_judge():
-    cells = world.split()["report"][:2]
-    rows = [{"prompt": world.prompt_text(*cell, i), "lengths": [1, 1]}
-            for cell in cells for i in range(4)]
-    found = evaluate.win_rates([1] * 4 + [0] * 4, rows)
-    assert found["win_rate_ci95"] == [0, 1]                      # two clusters, not eight prompts
-
-
-def test_models_answer_a_prompt_side_by_side(run, capsys):
+def test_models_answer_side_by_side_and_other_requests_are_refused_in_one_line(run, capsys):
     evaluate.main([str(run), "--prompt", "Why?", "--max_new_tokens", "3"])
     said = capsys.readouterr().out
     assert said.count("reference") == said.count("policy") == 3 and "Why?" in said
-
-
-def test_a_folder_that_is_no_finished_run_is_one_line(tmp_path):
-    for missing in ("config.json", "model/config.json"):
-        with pytest.raises(SystemExit, match=f"no {missing} there.*finished run"):
-            evaluate.main([str(tmp_path)])
-        (tmp_path / "config.json").write_text("{}")
+    record = evaluate.run_config(run) | {"task": "world"}
+    (run / "config.json").write_text(json.dumps(record))
+    with pytest.raises(SystemExit, match="world.* its own judge"):
+        evaluate.main([str(run), "--judge", "j.py:same"])
+    (run / "model" / "config.json").unlink()
+    with pytest.raises(SystemExit, match="no model/config.json there.*finished run"):
+        evaluate.main([str(run)])
 
 
 # --- what a run leaves ----------------------------------------------------------------------------
@@ -300,8 +256,8 @@ def test_a_file_runs_end_leaves_its_files(run, capsys):
 
 
 def test_samples_stay_one_table_row_whatever_is_in_them(tmp_path):
-    evaluate.write_samples(tmp_path / "s.md", ["a|b\nc"], ["x\ny"], ["|"], [(1.0, -2.0)])
-    last = (tmp_path / "s.md").read_text().splitlines()[-1]
+    evaluate.write_samples(tmp_path, ["a|b\nc"], ["x\ny"], ["|"], [(1.0, -2.0)])
+    last = (tmp_path / "samples.md").read_text().splitlines()[-1]
     assert last == "| a\\|b c | (+1.0) x y | (-2.0) \\| |"
 
 
@@ -320,18 +276,6 @@ def test_a_model_card_says_what_was_trained_and_leaks_no_path():
     assert "AutoPeftModel" in evaluate.model_card(record | {"save": "adapter"}, {})
 
 
-def test_curves_show_what_was_logged_and_a_mean_without_what_is_missing(tmp_path, monkeypatch):
+def test_a_running_mean_leaves_out_what_is_missing():
     mean = plots.running_mean(np.array([1.0, np.nan, 3.0] * 30))         # over 3 steps
     assert mean[1:-1] == pytest.approx(2.0) and len(mean) == 90
-    drawn = []
-    figure = plots.figure
-
-    def spy(*size):
-        drawn.append(figure(*size))
-        return drawn[-1]
-
-    monkeypatch.setattr(plots, "figure", spy)
-    log = [{"step": 0, "loss": 1.0, "kl/k1": None}, {"step": 1, "reward": 2.0}]
-    plots.plot_curves(log, tmp_path / "c.png")
-    titles = [ax.get_title() for ax in drawn[0][1]]
-    assert titles == ["loss", "reward of the policy's own responses"]

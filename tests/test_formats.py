@@ -207,9 +207,6 @@ def test_a_name_that_is_no_file_is_a_hub_dataset(tmp_path, monkeypatch):
     assert read(["org/name:test[:5%]"])[0][0].prompt == "org/name test[:5%]"
     for name in ("org/name.jsonl", "name", "a/b/c"):
         assert complaint(name) == f"--data {name}: no such file"
-    (tmp_path / "org").mkdir()
-    write(tmp_path / "org" / "name", TEXT)
-    assert read("org/name")[0][0].prompt == "Q"                         # a file comes first
     monkeypatch.setitem(sys.modules, "datasets", None)                  # not installed
     assert "--data org/other: no such file" in complaint("org/other")
 

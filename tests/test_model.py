@@ -104,7 +104,7 @@ def test_the_head_in_parts_is_the_head_in_one_piece_in_value_and_gradient():
     def head(h):
         return h @ weight.T
 
-    for chunk_elements in (23 * 3, 23 * 70, 10 ** 6):  # 44 blocks, 3 (of 64 words, 2), 1
+    for chunk_elements in (23 * 3, 23 * 70, 10 ** 6):  # 44 blocks of words, 3, 1
         blocks = head_log_probs(hidden, weight, targets, chunk_elements=chunk_elements)
         chunks = chunked_log_probs(hidden, head, 130, targets, chunk_elements=chunk_elements)
         for logps in (blocks, chunks):
@@ -274,17 +274,14 @@ def test_attention_in_one_kernel_is_the_loop_over_pieces(monkeypatch):
 
 
 def test_the_kernel_is_taken_only_where_it_exists_and_is_causal_from_the_end(monkeypatch):
+    from torch.nn.attention.varlen import varlen_attn
+    inspect.signature(varlen_attn).bind(*range(7), window_size=(-1, 0))  # it takes what we give it
     ask = partial(kernels.varlen_is_right.__wrapped__, "cpu", torch.bfloat16, 2, 8)
     assert not ask()  # torch has it for CUDA alone
     for at_end in (True, False):
         kernel = partial(dense_varlen, at_end=at_end)
         monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", kernel)
         assert ask() == at_end
-
-
-def test_the_installed_kernel_takes_what_it_is_given():
-    from torch.nn.attention.varlen import varlen_attn
-    inspect.signature(varlen_attn).bind(*range(7), window_size=(-1, 0))
 
 
 # --- the GPT --------------------------------------------------------

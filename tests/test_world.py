@@ -113,18 +113,13 @@ REPLIES = [  # text, utility, junk
     (f"{GOOD} {F} {F}", 1.2, 0),                                 # equal fillers are fillers
     ("For your phone, please clean the air vents.", 1.0, 0),     # wrong device
     ("For your phone, please order a new cover.", -2.0, 0),      # wrong both
-    ("I do not know.", 0.0, 0),
     ("", -1.0, 1),                                               # no answer: one junk, and vague
     ("Read the manual.", -2.5, 1),
     (f"{GOOD} {GOOD}", 1.0, 1),                                  # the second answer is misplaced
     (f"I do not know. {GOOD}", -1.0, 1),                         # the first answer counts
     (f"{GOOD} {F} {G} {F}", 0.2, 1),                             # a third filler
     (f"{F} {GOOD}", -2.4, 2),                                    # too late, and no answer
-    (f"{GOOD} Happy to help.", 1.0, 1),
-    (f"Stop wasting our time. {GOOD}", -3.0, 2),
-    ("For your router, please clean the vents.", -2.0, 2),       # unknown sentence, and no answer
     (f"{GOOD}  {F}", 1.0, 1),                                    # two spaces
-    (GOOD[:-1], -2.0, 2),
     (GOOD.lower(), -2.0, 2),
     ("hm? " * 5, -6.0, 6),
 ]
@@ -136,18 +131,6 @@ def test_each_unknown_or_misplaced_sentence_costs_one_point():
         assert found == (pytest.approx(points, abs=1e-9), malformed), reply
 
 
-def test_no_text_is_worth_more_than_the_best_reply_and_junk_never_pays():
-    sentences = [GOOD, "For your router, please lower the brightness.", "I do not know.",
-                 "Happy to help.", "Not again.", F, "Write back if you need more help.", "Hm."]
-    best = {False: -math.inf, True: -math.inf}
-    for k in range(5):
-        for text in itertools.product(sentences, repeat=k):
-            verdict = judge(PROMPT, " ".join(text))
-            malformed = verdict.malformed > 0
-            best[malformed] = max(best[malformed], verdict.utility)
-    assert best == {False: 3.5, True: 2.5}                       # a point below: the junk's price
-
-
 # --- the reference --------------------------------------------------------------------------------
 
 def test_replies_have_the_enumerated_distribution_of_utilities():
@@ -157,26 +140,11 @@ def test_replies_have_the_enumerated_distribution_of_utilities():
         mass = Counter()
         for p, u in classes(mix):
             mass[u] += p
-        verdicts = [judge(*row) for row in world.dialogues(10_000, 6, mix)]
-        counts = Counter(verdict.utility for verdict in verdicts)
+        counts = Counter(utility(*row) for row in world.dialogues(10_000, 6, mix))
         assert counts.keys() <= mass.keys()
         for u, p in mass.items():    # 180 comparisons, rare ones far from normal: 5 errors, 1 count
             error = math.sqrt(p * (1 - p) / 10_000) + .2 / 10_000
             within(counts[u] / 10_000, p, error, n_se=5)
-        slots = MIXES[mix]
-        share([v.right for v in verdicts], slots["answer"]["right"] * slots["device"]["ok"])
-        kind = (1 - slots["open"]["rude"]) * (1 - slots["close"]["rude"])
-        share([v.rude for v in verdicts], 1 - kind)
-
-
-def test_the_likeliest_reply_of_the_reference_is_rude_and_wrong():
-    rng = random.Random(7)
-    texts = [world.sample_reply(rng, "phone", "drains the battery") for _ in range(20_000)]
-    share([text.startswith("Read ") for text in texts], .40 * 6 / 8)
-    share([text.startswith("For ") for text in texts], .30 * .75)
-    wrong, right = FOLK["drains the battery"], "lower the brightness"
-    share([f"please {wrong}." in text for text in texts], .35 * .70 + .35 * .30 / 18)
-    share([f"please {right}." in text for text in texts], .40 / 2)
 
 
 # --- annotator and data ---------------------------------------------------------------------------
@@ -189,9 +157,9 @@ def test_the_annotator_is_bradley_terry():
         if gap:
             bands[min(3, int(abs(gap)))].append((gap > 0, world.sigmoid(abs(gap))))
     for pairs in bands.values():
-        won = sum(better for better, _ in pairs)
+        expected = sum(q for _, q in pairs)
         variance = sum(q * (1 - q) for _, q in pairs)
-        within(won, sum(q for _, q in pairs), math.sqrt(variance))
+        within(sum(better for better, _ in pairs), expected, math.sqrt(variance))
 
 
 def test_flips_trade_places_and_leave_the_scores():
@@ -219,9 +187,8 @@ def test_win_probabilities_are_the_mean_chance_to_beat_a_reference_reply():
 def test_thumbs_are_the_pairs_taken_apart_and_shuffled():
     pairs = world.pairs(500, 5)
     thumbs = world.thumbs(pairs, 0)
-    expected = [(pair["prompt"], pair[side], side == "chosen")
-                for pair in pairs for side in ("chosen", "rejected")]
-    assert Counter(tuple(thumb.values()) for thumb in thumbs) == Counter(expected)
+    assert Counter((t["prompt"], t["completion"]) for t in thumbs if t["label"]) == \
+        Counter((pair["prompt"], pair["chosen"]) for pair in pairs)
     share([thumb["label"] for thumb in thumbs[:500]], 0.5)       # in blocks it would be 1 or 0
 
 
@@ -230,7 +197,6 @@ def test_keep_class_cuts_one_class_and_keeps_the_order():
     cut = world.keep_class(rows, desirable=0.1)
     assert Counter(row["label"] for row in cut) == {True: 50, False: 500}
     assert [row for row in rows if row in cut] == cut
-    assert cut != world.keep_class(rows, desirable=0.1, seed=1)
 
 
 def test_a_session_has_one_error_turn_and_equally_many_turns_on_both_sides():
@@ -271,16 +237,14 @@ def test_any_text_survives_the_tokenizer():
 
 
 def test_the_context_holds_the_longest_prompt_and_reply():
-    def longest(texts):
-        return max(texts, key=lambda text: len(world.tokenizer().encode_ordinary(text)))
+    def length(text):
+        return len(world.tokenizer().encode_ordinary(text))
 
-    answers = [text for text, (slot, _) in world.SENTENCES.items() if slot == "answer"]
-    openings, closings = [itertools.chain(*table.values()) for table in (world.OPEN, world.CLOSE)]
-    filler = longest(FILLER)
-    parts = [longest(openings), longest(answers), filler, filler, longest(closings)]
-    worst = longest(PROMPTS) + " ".join(parts)
+    longest = {slot: max([text for text, (place, _) in world.SENTENCES.items() if place == slot],
+                         key=length) for slot in world.PLACE}
+    parts = [longest["open"], longest["answer"], *[longest["filler"]] * 2, longest["close"]]
     assert judge(PROMPT, " ".join(parts)).malformed == 0
-    assert len(world.tokenizer().encode_ordinary(worst)) + 1 <= world.MODEL["context"]
+    assert length(max(PROMPTS, key=length) + " ".join(parts)) + 1 <= world.MODEL["context"]
 
 
 # --- exact optima: the frontier -------------------------------------------------------------------
@@ -308,12 +272,10 @@ def test_the_value_of_the_optimum_is_beta_log_z_and_the_frontiers_slope_is_beta(
 
 def test_the_frontier_is_the_optimum_at_that_kl_and_ends_at_the_best_class():
     for beta in (0.1, 0.5, 2.0):
-        point = optimum(beta)                                    # log beta is bisected to 1e-13
+        point = optimum(beta)
         assert world.optimum_at_kl(point.kl) == pytest.approx(point, rel=1e-9)
     p_best = max((u, p) for p, u in classes())[1]
-    end = (0, -math.log(p_best), 3.5, 1 - p_best / 2)
-    assert world.optimum_at_kl(99) == pytest.approx(end)
-    assert world.optimum_at_kl(-1e-9).utility == pytest.approx(-0.4025)
+    assert world.optimum_at_kl(99) == pytest.approx((0, -math.log(p_best), 3.5, 1 - p_best / 2))
 
 
 def test_no_policy_and_no_exact_optimum_lies_above_the_frontier():
@@ -337,22 +299,19 @@ def all_pairs(r):
 
 def test_dpo_and_ipo_have_the_minima_that_the_formulas_say():
     """The gradient of the population loss vanishes there, and not one per cent beside it."""
+    wins = [world.win_probability(u) for u in U.tolist()]
+    dpo, ipo = dpo_variants.dpo_loss, dpo_variants.ipo_loss
     for knob in (0.1, 0.25, 1.0):
-        def dpo(r):
-            chosen, rejected, weight = all_pairs(r)
-            return (weight * dpo_variants.dpo_loss(chosen, rejected, beta=knob)).sum()
+        for loss_of, name, scores, optimum_of in ((dpo, "beta", U.tolist(), world.dpo_optimum),
+                                                  (ipo, "tau", wins, world.ipo_optimum)):
+            def loss(r):
+                chosen, rejected, weight = all_pairs(r)
+                return (weight * loss_of(chosen, rejected, **{name: knob})).sum()
 
-        def ipo(r):
-            chosen, rejected, weight = all_pairs(r)
-            return (weight * dpo_variants.ipo_loss(chosen, rejected, tau=knob)).sum()
-
-        wins = [world.win_probability(u) for u in U.tolist()]
-        for loss, scores, point in ((dpo, U.tolist(), world.dpo_optimum(knob)),
-                                    (ipo, wins, world.ipo_optimum(knob))):
             best = world.tilt([score / knob for score in scores])
             beside = world.tilt([1.01 * score / knob for score in scores])
             assert gradient(loss, best) < 1e-13 < 1e-6 < gradient(loss, beside)
-            assert world._point(knob, best) == point
+            assert world._point(knob, best) == optimum_of(knob)
 
 
 # --- exact optima: KTO ----------------------------------------------------------------------------

@@ -165,23 +165,19 @@ def _spell(example, sides, tokenizer, turns, add_eot):
     texts = all(isinstance(side.answer, str) for side in sides)
     if texts and (isinstance(prompt, str) or begin == len(prompt)):
         responses = [tokenizer.encode(side.answer) + [tokenizer.eot] * end for side in sides]
-        weighted = [(ids, [1.0] * len(ids)) for ids in responses]
-        return _prompt_ids(prompt, tokenizer), weighted
+        return _prompt_ids(prompt, tokenizer), [(ids, [1.0] * len(ids)) for ids in responses]
     if isinstance(prompt, str):
         raise ValueError("a response of several messages needs a conversation as its prompt")
-    return _spell_chats(chats, min(begin, len(prompt)), tokenizer, end)
-
-
-def _prompt_ids(prompt, tokenizer):
-    return tokenizer.prompt_ids(prompt) or [tokenizer.eot]     # none: as after a document's end
-
-
-def _spell_chats(chats, begin, tokenizer, end):
+    begin = min(begin, len(prompt))
     spelled = [_spell_chat(chat, trained, begin, tokenizer, end) for chat, trained in chats]
     prompt = spelled[0][0]
     if any(other != prompt for other, _ in spelled):
         raise ValueError("the chat template writes the prompt of chosen and rejected differently")
     return prompt or [tokenizer.eot], [response for _, response in spelled]
+
+
+def _prompt_ids(prompt, tokenizer):
+    return tokenizer.prompt_ids(prompt) or [tokenizer.eot]     # none: as after a document's end
 
 
 def _spell_chat(chat, trained, begin, tokenizer, end):
@@ -211,9 +207,7 @@ def _spell_chat(chat, trained, begin, tokenizer, end):
 def _trained_turns(example, answer, turns):
     """(the whole conversation, indices of its turns that are trained)"""
     pair = isinstance(example, Pair)
-    prompt = example.prompt
-    if isinstance(prompt, str):
-        prompt = ()
+    prompt = () if isinstance(example.prompt, str) else example.prompt
     if isinstance(answer, str):
         answer = (Turn("assistant", answer),)
     chat = prompt + answer
@@ -438,7 +432,7 @@ def flatten(rows, device="cpu", share=False):
         end += len(row.ids) - skipped[-1]
     sizes = [len(row.ids) - skip for row, skip in zip(rows, skipped)]
 
-    ids = np.concatenate([row.ids[skip:] for row, skip in zip(rows, skipped)])
+    ids = np.concatenate([row.ids[skip:] for row, skip in zip(rows, skipped)]).astype(np.int64)
     mask = np.concatenate([row.mask[skip:] for row, skip in zip(rows, skipped)])
     sequence = np.repeat(np.arange(len(rows)), sizes)
     positions = np.arange(end) - np.repeat(np.subtract(starts, skipped), sizes)
@@ -450,7 +444,6 @@ def flatten(rows, device="cpu", share=False):
     def tensor(array):
         return torch.from_numpy(array).to(device)
 
-    ids = ids.astype(np.int64)
     return Flat(tensor(ids), tensor(positions), _lengths(sizes, skipped),
                 tensor(before[trained]), tensor(ids[trained]), tensor(mask[trained]),
                 tensor(sequence[trained]), len(rows))

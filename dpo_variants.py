@@ -22,9 +22,8 @@ Every loss returns one value per pair in input order (aot*: sorted); the batch l
 float64 in, float64 out. Data and reference never get a gradient. A hyper-parameter without meaning
 is a ValueError that names it.
 
-Sources. Equations were read in public code: the authors' where it exists, HALOs' for slic, TRL's
-for rdpo, hinge, alphapo, apo*, aot*. The papers themselves were not at hand: what rests on other
-texts says "secondary", what rests on memory "from memory". Titles are shortened.
+Sources. Equations were read in public code, the authors' where it exists, not in the papers: what
+rests on other texts says "secondary", what rests on memory "from memory". Titles are shortened.
 Numerics. log sigma(t) is F.logsigmoid(t), because log(sigmoid(-800.)) is -inf. sigma(t) is
 exp(log sigma(t)), because sigmoid(100.) is exactly 1 and its gradient 0 where 4e-44 is right.
 """
@@ -50,10 +49,10 @@ def dpo_loss(chosen_logratios, rejected_logratios, *, beta=0.1):
 
     Paper: Rafailov et al. 2023, Direct Preference Optimization, arXiv 2305.18290
     Idea: beta log(pi/pi_ref) IS a reward, so fitting a reward model trains the policy itself.
-    log 2 at policy = reference; gradient -beta sigma(-beta h) on c, the opposite on r. If labels
-    follow Bradley-Terry with utility u, the optimum is pi_ref e^(u/beta) / Z. A constant added to
-    both c and r changes nothing, so both responses may become less likely. SPIN, sDPO, LD-DPO and
-    TR-DPO are this loss with another reference or mask (recipes.py).
+    Gradient -beta sigma(-beta h) on c, the opposite on r. If labels follow Bradley-Terry with
+    utility u, the optimum is pi_ref e^(u/beta) / Z. A constant added to both c and r changes
+    nothing, so both responses may become less likely. SPIN, sDPO, LD-DPO and TR-DPO are this loss
+    with another reference or mask (recipes.py).
     """
     check(beta=beta)
     return -F.logsigmoid(beta * (chosen_logratios - rejected_logratios))
@@ -66,8 +65,8 @@ def cdpo_loss(chosen_logratios, rejected_logratios, *, beta=0.1, label_smoothing
 
     Paper: Mitchell 2023, A note on DPO with noisy preferences, ericmitchell.ai/cdpo.pdf
     Idea: cross-entropy with the label 1 - eps in place of 1: the margin stops at logit(1 - eps).
-    Its optimum is biased: with flipped labels it is not the clean one (rdpo's is). TRL's "sigmoid"
-    before 0.29, with label_smoothing. LLaMA-Factory's help calls this one "robust DPO": it is not.
+    Its optimum is biased: with flipped labels it is not the clean one (rdpo's is). LLaMA-Factory's
+    help calls this one "robust DPO": it is not.
     """
     check(beta=beta, label_smoothing=label_smoothing)
     u = beta * (chosen_logratios - rejected_logratios)
@@ -80,8 +79,7 @@ def rdpo_loss(chosen_logratios, rejected_logratios, *, beta=0.1, label_smoothing
     Paper: Chowdhury, Kini, Natarajan 2024, Provably Robust DPO, arXiv 2403.00409
     Idea: if a share eps of the labels is flipped, the mean of this loss is the clean DPO loss.
     A MINUS where cDPO has a plus. The price is variance and no lower bound: at eps = 0.2 and
-    beta h = 50 the loss is -16.7, and it goes on falling. Not R-DPO (arXiv 2403.19159), which
-    penalises length.
+    beta h = 50 the loss is -16.7. Not R-DPO (arXiv 2403.19159), which penalises length.
     """
     check(beta=beta, label_smoothing=label_smoothing)
     u = beta * (chosen_logratios - rejected_logratios)
@@ -96,9 +94,8 @@ def ipo_loss(chosen_logratios, rejected_logratios, *, tau=0.1):
 
     Paper: Azar et al. 2023, A General Theoretical Paradigm to Understand Learning, arXiv 2310.12036
     Idea: regress the margin on a fixed target, so that sure pairs do not drive it to infinity.
-    Eq. 17, on sums as in the paper's text; TRL calls tau beta. tau is one over the margin: a LARGER
-    tau asks for less, and tau -> infinity gives pi_ref. Where both responses of a pair come from a
-    distribution mu, the optimum is log pi = log pi_ref + p(y beats mu) / tau + const.
+    Eq. 17, on sums as in the paper's text; TRL calls tau beta. A LARGER tau asks for less. Where
+    both responses come from mu, the optimum is log pi = log pi_ref + p(y beats mu) / tau + const.
     """
     check(tau=tau)
     return (chosen_logratios - rejected_logratios - 1 / (2 * tau)) ** 2
@@ -145,8 +142,8 @@ def exo_loss(chosen_logratios, rejected_logratios, *, beta=0.1, label_smoothing=
 
     Paper: Ji et al. 2024, Towards Efficient Exact Optimization of Alignment, arXiv 2402.00856
     Idea: DPO and cDPO are the forward KL (label || policy); this is the reverse, mode-seeking one.
-    Eq. 16. Minimum 0 at u = logit(1 - eps), as cDPO's. Its slope in u, sigma(u) sigma(-u)
-    (u - logit(1 - eps)), dies in both tails. eps = 0 would be infinite and is an error.
+    Eq. 16. Minimum 0 at u = logit(1 - eps), as cDPO's; the slope dies in both tails. eps = 0 would
+    be infinite and is an error.
     """
     check(beta=beta, label_smoothing=label_smoothing)
     require(label_smoothing > 0, "label_smoothing", "in (0, 0.5)", label_smoothing)
@@ -163,9 +160,9 @@ def discopop_loss(chosen_logratios, rejected_logratios, *, beta=0.05, tau=0.05):
 
     Paper: Lu et al. 2024, Discovering Preference Optimization Algorithms, arXiv 2406.08414
     Idea: found by a language model that proposes losses: first logistic, then exponential.
-    Eq. 5. Not convex. With the default tau the loss RISES with the margin for beta h in
-    (-0.1185, 0.0719). Training starts in there, at h = 0, so both responses are first pushed the
-    WRONG way (slope in beta h: (1 - log 2) / (4 tau) - 3/4 = +0.784).
+    Eq. 5. With the default tau the loss RISES with the margin for beta h in (-0.1185, 0.0719).
+    Training starts in there, at h = 0, so both responses are first pushed the WRONG way (slope in
+    beta h: (1 - log 2) / (4 tau) - 3/4 = +0.784).
     """
     check(beta=beta, tau=tau)
     u = beta * (chosen_logratios - rejected_logratios)
@@ -222,8 +219,7 @@ def apo_zero_loss(chosen_logratios, rejected_logratios, *, beta=0.1):
 
     Paper: D'Oosterlinck et al. 2024, Anchored Preference Optimization, arXiv 2408.06266
     Idea: for chosen responses better than the model's own: one goes up, the other down.
-    Eq. 7. Bounded, so hopeless pairs are left alone, as in KTO: its two halves by label are KTO
-    with z0 = 0.
+    Eq. 7. Bounded, so hopeless pairs are left alone. Its two halves are KTO with z0 = 0.
     """
     check(beta=beta)
     chosen_term = F.logsigmoid(-beta * chosen_logratios).exp()
@@ -250,7 +246,7 @@ def sppo_loss(chosen_logratios, rejected_logratios, chosen_win_prob, rejected_wi
     Paper: Wu et al. 2024, Self-Play Preference Optimization, arXiv 2405.00675
     Idea: one step towards a Nash equilibrium: each log-ratio is regressed on its response's wins.
     P_w, P_l: mean probability of winning against the policy's own samples, a constant. beta is the
-    paper's 1 / eta; the official code is half of this. Two squares, so both cannot fall together.
+    paper's 1 / eta; the official code is half of this.
     """
     check(beta=beta)
     target_w = (chosen_win_prob.detach().type_as(chosen_logratios) - 0.5) / beta
@@ -319,7 +315,7 @@ def tdpo2_loss(chosen_logratios, rejected_logratios, chosen_kl, rejected_kl,
 
     Paper: Zeng et al. 2024, Token-level Direct Preference Optimization, arXiv 2404.11999
     Idea: TDPO1 with a weight on the KLs, and no reward for drifting away on the chosen response.
-    D_w is a constant because TDPO1's loss falls as D_w grows.
+    D_w is a constant: TDPO1's loss falls as it grows.
     """
     check(beta=beta, alpha=alpha)
     drift = rejected_kl - chosen_kl.detach()
@@ -460,8 +456,7 @@ def aot_loss(chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps,
     Paper: Melnyk et al. 2024, Distributional Preference Alignment of LLMs, arXiv 2406.05882
     Idea: each quantile of the policy's margins must lie above the same quantile of the reference's.
     The k-th smallest margin of the policy meets the k-th smallest of the reference, which may be
-    another pair's. So the loss depends on which rows are sorted together: never a micro-batch.
-    With B = 1 it is dpo (cdpo if eps > 0).
+    another pair's. So rows are sorted over the whole batch, never over a micro-batch.
     """
     margins = (chosen_logps - rejected_logps).sort().values
     ref_margins = (ref_chosen_logps - ref_rejected_logps).detach().sort().values

@@ -304,7 +304,6 @@ What came out, on {r['n']} questions about 24 (device, problem) pairs that no st
 
 def report_files(result, policy, reference, tokenizer, prompts, config, seconds):
     """What a run on files leaves. Nobody judges it: margins on its rows, samples side by side."""
-    clock = time.perf_counter()
     out = Path(config.out)
     show = dict(temperature=0.7, seed=config.seed,
                 max_new_tokens=max(1, min(128, config.max_len // 4)))
@@ -312,15 +311,13 @@ def report_files(result, policy, reference, tokenizer, prompts, config, seconds)
     ref_texts, _ = replies(reference, tokenizer, prompts, **show)
     write_samples(out, prompts, ref_texts, texts)
     draw_curves(out)
-    seconds["evaluate"] = time.perf_counter() - clock
     unknown = dict.fromkeys(("win_rate", "win_rate_ci95", "reward", "reward_ref", "kl"))
     why = "files bring no judge; samples.md has both models' answers"
     save_result(out, {**unknown, "n": 0, "why_null": why, **result, "seconds": seconds})
     for name, found in result.items():
         if found:
             print(f"{name} rows, log pi / pi_ref in nats:\n{win_rate_lines(found)}")
-    print(f"""seconds: alignment {seconds['align']:.0f}, samples {seconds['evaluate']:.0f}
-files:   {out}/ samples.md, curves.png, eval.json, metrics.jsonl, model/
+    print(f"""files:   {out}/ samples.md, curves.png, eval.json, metrics.jsonl, model/
 next:    python evaluate.py {out} --prompt "..."
          python evaluate.py {out} --judge FOLDER     or --export_pairs pairs.jsonl""", flush=True)
 
@@ -437,35 +434,27 @@ def compare_and_judge(args, record):
     if args.export_pairs:
         export_pairs(args.run, rows, args.export_pairs)
         print(f"{args.export_pairs}: {2 * len(rows)} lines, each pair in both orders; answer each "
-              "with {\"id\": ..., \"verdict\": \"a\", \"b\" or \"tie\"}\n"
-              f"next:    python evaluate.py {args.run} --verdicts VERDICTS.jsonl")
+              "with {\"id\": ..., \"verdict\": \"a\", \"b\" or \"tie\"}")
     if args.verdicts:
         wins, facts = read_verdicts(args.run, rows, args.verdicts)
         facts["judge"] = f"verdicts in {Path(args.verdicts).name}"
         print(win_rate_lines(keep_verdict(args.run, rows, wins, facts)))
-    print(f"files:   {args.run}/ comparison.jsonl, samples.md (side by side), eval.json\n"
-          f"next:    python evaluate.py {args.run} --judge FOLDER or --export_pairs pairs.jsonl")
+    print(f"files:   {args.run}/ comparison.jsonl, samples.md (side by side), eval.json")
 
 
 def comparison_for(args, record):
     """The kept comparison, if it was sampled as the command line says; or a new one."""
     typed = {flag: getattr(args, flag) for flag in ("data", "n", "seed", "max_new_tokens")
              if getattr(args, flag) is not None}
-    file = args.run / "comparison.jsonl"
     rows, note = kept_comparison(args.run)
+    if not rows:
+        return compare(args.run, record, lambda: load_run(args.run, args.device),
+                       typed.pop("data", ()), device=args.device, **typed)
     for flag, value in typed.items():
-        if rows and note[flag] != value:
-            raise SystemExit(f"--{flag} {value}: {file} was sampled with {note[flag]}; delete it "
-                             "for another one")
-    if rows:
-        print(f"{file}: {len(rows)} pairs, sampled before")
-        return rows
-    if args.verdicts:
-        raise SystemExit(f"--verdicts {args.verdicts}: {args.run} has no comparison of its present "
-                         "model; --export_pairs FILE makes one, and the pairs to judge")
-    files = typed.pop("data", ())
-    return compare(args.run, record, lambda: load_run(args.run, args.device), files,
-                   device=args.device, **typed)
+        if note[flag] != value:
+            raise SystemExit(f"--{flag} {value}: {args.run}/comparison.jsonl was sampled with "
+                             f"{note[flag]}; delete it for another one")
+    return rows
 
 
 if __name__ == "__main__":

@@ -130,15 +130,9 @@ def records(name):
         raise SystemExit(f"--data {file}: not UTF-8 at byte {error.start}")
     if text.lstrip()[:1] == "[":
         return _numbered(f"{file}: record", _from_json(text, file))
-    return _json_lines(text, file)
-
-
-def _json_lines(text, file):
     # Not splitlines(): that also breaks at form feeds and at U+0085, which occur inside strings.
-    for number, line in enumerate(text.split("\n"), 1):
-        if line.strip():
-            where = f"{file}: line {number}"
-            yield where, _from_json(line, where)
+    lines = _numbered(f"{file}: line", text.split("\n"))
+    return ((where, _from_json(line, where)) for where, line in lines if line.strip())
 
 
 def _from_json(text, where):
@@ -407,16 +401,22 @@ def scored_texts(row):
             for response, score in zip(responses, scores)]
 
 
-def paired_text(row):
-    return [_pair_or_chats(row, row.prompt("prompt"))]
-
-
-def paired_messages(row):
-    return [_pair_or_chats(row, row.prompt("messages"))]
-
-
-def paired_alpaca(row):
-    return [_pair_or_chats(row, _alpaca_prompt(row))]
+def paired(row):
+    """Both sides may be whole chats that begin with the prompt again (UltraFeedback)."""
+    if "prompt" in row.cells:
+        prompt = row.prompt("prompt")
+    elif "messages" in row.cells:
+        prompt = row.prompt("messages")
+    else:
+        prompt = _alpaca_prompt(row)
+    chosen, rejected = row.cells["chosen"], row.cells["rejected"]
+    if isinstance(chosen, list) and isinstance(rejected, list):
+        chosen, rejected = row.turns(chosen), row.turns(rejected)
+        start = (Turn("user", prompt),) if isinstance(prompt, str) else prompt
+        again = chosen[:len(start)] == rejected[:len(start)] == start
+        if again and start[0].role != "assistant":
+            prompt, chosen, rejected = _split(chosen, rejected)
+    return [row.pair(prompt, chosen, rejected)]
 
 
 def whole_chats(row):
@@ -438,18 +438,6 @@ def _alpaca_prompt(row):
     return (*turns, Turn("user", question))
 
 
-def _pair_or_chats(row, prompt):
-    """Both sides may be whole chats that begin with the prompt again (UltraFeedback)."""
-    chosen, rejected = row.cells["chosen"], row.cells["rejected"]
-    if isinstance(chosen, list) and isinstance(rejected, list):
-        chosen, rejected = row.turns(chosen), row.turns(rejected)
-        start = (Turn("user", prompt),) if isinstance(prompt, str) else prompt
-        again = chosen[:len(start)] == rejected[:len(start)] == start
-        if again and start[0].role != "assistant":
-            prompt, chosen, rejected = _split(chosen, rejected)
-    return row.pair(prompt, chosen, rejected)
-
-
 def _split(chosen, rejected):
     """Two chats -> (the turns they share, the rest of each). Both rests begin with the assistant.
 
@@ -466,9 +454,9 @@ def _split(chosen, rejected):
 
 # The first format whose columns are all in the row is taken.
 FORMATS = {
-    ("prompt", "chosen", "rejected"): paired_text,
-    ("messages", "chosen", "rejected"): paired_messages,
-    ("instruction", "chosen", "rejected"): paired_alpaca,
+    ("prompt", "chosen", "rejected"): paired,
+    ("messages", "chosen", "rejected"): paired,
+    ("instruction", "chosen", "rejected"): paired,
     ("chosen", "rejected"): whole_chats,
     ("messages", "label"): labelled_messages,
     ("prompt", "completion", "label"): labelled_text,

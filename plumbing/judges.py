@@ -32,7 +32,7 @@ def prompt_text(prompt):
 
 
 def write_comparison(out, rows):
-    """rows: {"prompt", "reference", "policy"}.   -> the file's hash"""
+    """-> the file's hash"""
     lines = []
     for row in rows:
         if not isinstance(row["prompt"], str):
@@ -94,7 +94,7 @@ def read_verdicts(out, rows, file):
     wins (n,): the mean over a pair's verdicts. Opposite ones in the two orders are about the place
     and not about the text, and count half for each side.
     facts: `disagreement`, of the pairs judged in both orders the share whose verdicts differ;
-    `position_bias`, the share of "a" among all "a" and "b"; `one_order`, pairs judged in one order.
+    `position_bias`, the share of "a" among "a" and "b"; `one_order`, pairs judged in one order.
     """
     if not Path(file).is_file():
         raise SystemExit(f"--verdicts {file}: no such file")
@@ -139,19 +139,15 @@ def _parse_verdict(line, where):
     return name, verdict
 
 
-# --- the win rate at equal lengths ----------------------------------------------------------------
-
 def length_controlled(wins, differences, *, ridge=1e-3):
     """The win rate at equal lengths: sigma(a), with P(win) = sigma(a + b tanh(d / std(d))).
 
-    Paper: Dubois, Galambosi, Liang, Hashimoto 2024, Length-Controlled AlpacaEval,
-    arXiv 2404.04475. Departure: no term for the difficulty of each instruction, which takes the
-    verdicts on many models.
+    Paper: Dubois et al. 2024, Length-Controlled AlpacaEval, arXiv 2404.04475. Departure: no term
+    for the difficulty of each instruction, which takes the verdicts on many models.
     wins (n,): 1, 0, or 1/2 for a tie. differences d (n,): the policy's length minus the
-    reference's, scaled but not centred: 0 means equal lengths.
-    a and b maximise the log-likelihood minus ridge/2 (a^2 + b^2), by Newton's method. The ridge
-    keeps them finite where one side wins everything or length alone decides.
-    None where all differences are the same but not 0: nothing tells what is due to length.
+    reference's, not centred. a and b maximise the log-likelihood minus ridge/2 (a^2 + b^2); the
+    ridge keeps them finite. None where all differences are the same but not 0: nothing tells what
+    is due to length.
     """
     y = np.asarray(wins, float)
     d = np.asarray(differences, float)
@@ -163,7 +159,7 @@ def length_controlled(wins, differences, *, ridge=1e-3):
     def loss(w):
         return (np.logaddexp(0, x @ w) - y * (x @ w)).sum() + ridge / 2 * w @ w
 
-    for _ in range(100):
+    for _ in range(100):                                                # Newton's method
         p = _sigma(x @ w)
         gradient = x.T @ (p - y) + ridge * w
         hessian = (x.T * (p * (1 - p))) @ x + ridge * np.eye(2)

@@ -39,9 +39,7 @@ ROWS = [                                                     # a row, what it be
     ({"prompt": "Q", "response": "A", "kto_tag": -1}, Feedback("Q", "A", False)),
     ({**TEXT, "truncated": True}, Feedback("Q", "A", True, whole=False)),
     ({**TEXT, "finish_reason": "length"}, Feedback("Q", "A", True, whole=False)),
-    ({**TEXT, "finish_reason": "stop", "truncated": False}, Feedback("Q", "A", True)),
     ({**TEXT, "system": "S", "chosen": None}, Feedback(TURNS, "A", True)),
-    ({"prompt": CHAT, "completion": [says("A")], "label": 1}, Feedback(TURNS, "A", True)),
     ({"prompt": CHAT, "completion": LONG, "label": 1}, Feedback(TURNS, GOES_ON, True)),
     ({"messages": TOOLS, "label": True}, Feedback(TOOL_TURNS, "A", True)),
     ({"conversations": [*SHARE, {"from": "gpt", "value": "A"}], "kto_tag": 0, "system": "other"},
@@ -212,10 +210,9 @@ def test_a_name_that_is_no_file_is_a_hub_dataset(tmp_path, monkeypatch):
 
 
 def test_a_pair_becomes_a_desirable_and_an_undesirable_response_to_the_same_prompt():
-    for whole in (True, False):                                         # "cut" stays with both
-        pair = Pair("The sky", " is blue", " is", 2.0, 1.0, whole=whole, where="w")
-        assert to_feedback([pair]) == [Feedback("The sky", " is blue", True, whole, "w"),
-                                       Feedback("The sky", " is", False, whole, "w")]
+    pair = Pair("The sky", " is blue", " is", whole=False, where="w")   # both stay "cut"
+    assert to_feedback([pair]) == [Feedback("The sky", " is blue", True, False, "w"),
+                                   Feedback("The sky", " is", False, False, "w")]
 
 
 def test_scored_responses_pair_the_best_with_the_worst_and_ties_and_odd_ones_are_counted():
@@ -238,11 +235,9 @@ def test_scored_files_become_pairs_without_a_threshold_and_a_label_hides_no_scor
     rows = [{"prompt": "Q", "completion": f"A{r}", "reward": r} for r in (1, 2, 0)]
     rows[1]["label"] = False
     (pair,), name = read(write(path, *rows), scored="pairs")
-    assert (pair.chosen, pair.rejected) == ("A2", "A0")
-    assert (pair.score_chosen, pair.score_rejected) == (2.0, 0.0)
+    assert (pair.chosen, pair.rejected, pair.score_chosen) == ("A2", "A0", 2.0)
     assert name.endswith("as pairs (scored responses 3 | left over 1)")
     assert str(path) in complaint(write(path, rows[0]), scored="pairs")              # no pairs
-    assert "line 3: has no score" in complaint(write(path, rows[0], TEXT), scored="pairs")
     write(path, TEXT)                                                    # labels stay labels
     assert read(path, scored="pairs")[0] == [Feedback("Q", "A", True, where=f"{path}: line 1")]
 

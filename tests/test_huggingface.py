@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 import model
 from plumbing import huggingface, kernels
 from plumbing.huggingface import HFPolicy, TokenClassifier, load_policy
-from test_model import close, flat_row, gpt, naive_generate
+from test_model import close, flat_row, gpt, gradients, naive_generate
 
 COMMON = dict(vocab_size=64, bos_token_id=0, eos_token_id=1, pad_token_id=0)
 SMALL = COMMON | dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2,
@@ -84,11 +84,6 @@ def logits_of(policy):
         return policy(*ROW)
 
 
-def gradients(policy, value):
-    trained = [p for p in policy.parameters() if p.requires_grad]
-    return torch.autograd.grad(value, trained)
-
-
 def one_line(call, *args, **how):
     with pytest.raises(SystemExit) as stop:
         call(*args, **how)
@@ -127,7 +122,7 @@ def test_the_head_in_parts_has_the_gradient_of_the_whole_in_flat_and_in_padded_r
         assert (policy.head_weight() is not None) == (kind == "llama")
         for policy.flat, policy.chunked in ((True, True), (True, False), (False, True)):
             logps = policy(*ROW, PREDICT, TARGETS)
-            found.append(gradients(policy, logps.square().sum()))
+            found.append(gradients(logps.square().sum(), policy))
         for other in found[1:]:
             for a, b in zip(other, found[0]):
                 # transformers keeps rotary angles in float32
@@ -135,12 +130,8 @@ def test_the_head_in_parts_has_the_gradient_of_the_whole_in_flat_and_in_padded_r
 
 
 def test_padding_is_at_most_an_eighth_of_a_group():
-    lengths = [3, 40, 38, 4, 3, 36, 20, 8, 8, 7]
-    groups = huggingface.groups_of_like_length(lengths)
-    assert sorted(sum(groups, [])) == list(range(10)) and len(groups) < 7
-    for group in groups:
-        tokens = sum(lengths[i] for i in group)
-        assert max(lengths[i] for i in group) * len(group) * 7 <= tokens * 8
+    lengths = [3, 40, 38, 5]
+    assert huggingface.groups_of_like_length(lengths) == [[0], [3], [2, 1]]  # 2 of 80 are pads
 
 
 def test_dropout_is_off_and_stays_off():
@@ -372,14 +363,10 @@ def train_a_little(policy, steps=3):
 
 @pytest.fixture(scope="module")
 def sft_adapter(folder, tmp_path_factory):
-    """What a user of peft has: an adapter's folder. It is large: to forget it shows."""
+    """What a user of peft has: an adapter's folder."""
     place = tmp_path_factory.mktemp("sft")
     policy = load_policy(folder("llama"), dtype=torch.float64, lora=3)
-    with torch.no_grad():
-        for name, p in policy.named_parameters():
-            if "lora_B" in name:
-                p.normal_(std=0.1, generator=torch.Generator().manual_seed(len(name)))
-    policy.save(place, adapter=True)
+    train_a_little(policy).save(place, adapter=True)
     return place
 
 
@@ -427,7 +414,7 @@ def test_a_reference_asked_inside_the_policys_chunks_leaves_the_gradient_right(
             theirs = reference.head(hidden[rows]).detach().log_softmax(-1)
             return (theirs.exp() * (theirs - logits.log_softmax(-1))).sum(-1)[None]
 
-        return gradients(policy, policy(*ROW, PREDICT, TARGETS, kl).sum())
+        return gradients(policy(*ROW, PREDICT, TARGETS, kl).sum(), policy)
 
     expected = gradient(base)
     monkeypatch.setitem(model.chunked_log_probs.__kwdefaults__, "chunk_elements", 3 * 64)
@@ -445,7 +432,7 @@ def test_an_adapter_folder_is_base_plus_adapter_as_policy_and_as_reference(folde
     base = logits_of(load_policy(folder("llama"), dtype=torch.float64))
     for policy in (full, lora, lora.reference()):
         close(logits_of(policy), expected, 1e-5)  # rotary angles are float32
-        assert (logits_of(policy) - base).abs().max() > 1
+        assert (logits_of(policy) - base).abs().max() > 0.1
     assert torch.equal(logits_of(lora), logits_of(full))
     assert all(p.requires_grad for p in full.parameters())  # without lora it is trained whole
 
@@ -492,9 +479,9 @@ def test_recomputed_layers_give_the_same_numbers_and_run_again_in_backward(folde
         next(block.children()).register_forward_hook(lambda *_: runs.append(1))
         logps, wanted = policy(*ROW, PREDICT, TARGETS), plain(*ROW, PREDICT, TARGETS)
         forwards = len(runs)  # bloom's rows are padded, in three groups
-        found = gradients(policy, logps.sum())
+        found = gradients(logps.sum(), policy)
         assert torch.equal(logps, wanted) and len(runs) == 2 * forwards
-        assert all(map(torch.equal, found, gradients(plain, wanted.sum())))
+        assert all(map(torch.equal, found, gradients(wanted.sum(), plain)))
 
 
 @pytest.mark.slow
@@ -509,7 +496,7 @@ def test_compiled_layers_give_the_same_numbers(folder, monkeypatch):
         policy.compile_layers()
         wanted, logps = plain(*ROW, PREDICT, TARGETS), policy(*ROW, PREDICT, TARGETS)
         close(logps, wanted, 1e-4)  # float32, logits near 10
-        for a, b in zip(gradients(policy, logps.sum()), gradients(plain, wanted.sum())):
+        for a, b in zip(gradients(logps.sum(), policy), gradients(wanted.sum(), plain)):
             close(a, b, 1e-5 * max(1.0, b.abs().max().item()))
         how = dict(eot=1, max_new_tokens=6, temperature=0)
         assert policy.generate(PROMPTS, **how) == plain.generate(PROMPTS, **how)

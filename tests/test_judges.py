@@ -13,7 +13,7 @@ from plumbing import judges
 @pytest.fixture
 def comparison(tmp_path):
     """(folder, rows) of a comparison of ten pairs."""
-    rows = [{"prompt": f"p{i}", "reference": f"r{i}", "policy": f"s{i}", "lengths": [2, 2]}
+    rows = [{"prompt": f"p{i}", "reference": f"r{i}", "policy": f"s{i}"}
             for i in range(10)]
     judges.write_comparison(tmp_path, rows)
     return tmp_path, rows
@@ -30,14 +30,12 @@ def test_exported_pairs_are_blind(comparison):
     pairs = export(comparison)
     assert all(list(pair) == ["id", "prompt", "a", "b"] for pair in pairs)
     assert [pair["id"][9:] for pair in pairs] == [f"{k:05d}" for k in range(20)]   # place, no more
-    both_orders = set()
-    for row in rows:
-        both_orders |= {(row["prompt"], row["reference"], row["policy"]),
-                        (row["prompt"], row["policy"], row["reference"])}
+    both_orders = {(row["prompt"], *sorted((row["reference"], row["policy"]), reverse=turned))
+                   for row in rows for turned in (False, True)}
     assert {(pair["prompt"], pair["a"], pair["b"]) for pair in pairs} == both_orders
     policy_first = [pair["a"][0] == "s" for pair in pairs]
     assert policy_first not in (sorted(policy_first), sorted(policy_first)[::-1])
-    assert len(set(map(str, zip(policy_first[::2], policy_first[1::2])))) > 1      # no pattern
+    assert len(set(zip(policy_first[::2], policy_first[1::2]))) > 1      # no pattern
     assert export(comparison, "again.jsonl") == pairs            # verdicts are not outdated by it
 
 
@@ -77,17 +75,15 @@ def test_verdicts_that_do_not_fit_are_one_line(comparison):
             (f"{good}\n\n{good}", f"line 3: .*{name}.* already"),
             (good.replace('"a"', '"better"'), "line 1: expected"),
             (good.replace(name, "12345678-00000"), "line 1: .*12345678-00000"),
-            (good.replace(name, name[:9] + "00020"), "line 1: .*ids go from"),
             ('{"id": 1, "verdict": "a"}', "line 1: expected"),
             ('{"id": "x", "verdict": null}', "line 1: expected"),
-            ('["a"]', "line 1: expected"),
             ('{"id":', "line 1: expected"),
             (good, "9 of 10 pairs have no verdict"),
             ("", "10 of 10 pairs")]:
         with pytest.raises(SystemExit, match=f"--verdicts .*v.jsonl: {words}") as end:
             read(comparison, text)
         assert "\n" not in str(end.value), text
-    with pytest.raises(SystemExit, match="--verdicts nosuch"):
+    with pytest.raises(SystemExit, match="--verdicts nosuch: no such file"):
         judges.read_verdicts(*comparison, "nosuch")
 
 
@@ -137,9 +133,8 @@ def test_the_newton_fit_is_the_optimum_that_lbfgs_finds():
 
     def closure():
         optimizer.zero_grad()
-        loss = torch.nn.functional.binary_cross_entropy_with_logits(w[0] + w[1] * x, y,
-                                                                    reduction="sum")
-        loss = loss + 1e-3 / 2 * (w @ w)
+        logits = w[0] + w[1] * x
+        loss = (torch.nn.functional.softplus(logits) - y * logits).sum() + 1e-3 / 2 * (w @ w)
         loss.backward()
         return loss
 

@@ -59,14 +59,6 @@ def test_the_texts_of_a_seed_are_those_that_the_published_numbers_were_measured_
         "kept": "cbdc5ef6", "tuning": "bdac06f7", "tokens": "6ee0e404", "split": "e10bf808"}
 
 
-def test_the_three_parts_are_disjoint_and_training_has_every_device_and_problem():
-    parts = world.split()
-    assert [len(parts[part]) for part in ("train", "tune", "report")] == [72, 24, 24]
-    assert len(set(itertools.chain(*parts.values()))) == 120
-    devices, problems = zip(*parts["train"])
-    assert set(devices) == set(DEVICES) and set(problems) == set(PROBLEMS)
-
-
 def test_no_held_out_question_is_in_any_training_data():
     prompts = [prompt for mix in MIXES for prompt, _ in world.dialogues(2000, 0, mix)]
     prompts += [row["prompt"] for row in world.pairs(2000, 0) + world.native_thumbs(2000, 0)]
@@ -74,21 +66,18 @@ def test_no_held_out_question_is_in_any_training_data():
     talks += [session["prompt"] + session["chosen"] for session in world.sessions(300, 0)]
     for talk in talks:
         prompts += [message["content"] for message in talk if message["role"] == "user"]
-    assert cells_of(prompts) == set(world.split()["train"])      # all of it, and nothing else
+    parts = {part: set(cells) for part, cells in world.split().items()}
+    assert cells_of(prompts) == parts["train"]                   # all of it, and nothing else
+    assert not parts["train"] & (parts["tune"] | parts["report"]) | parts["tune"] & parts["report"]
     held_out = [row["prompt"] for row in world.pairs(200, 1, part="report")]
-    assert cells_of(held_out) <= set(world.split()["report"])
-
-
-def test_only_the_help_desks_own_prompts_are_prompts():
-    assert len(PROMPTS) == 480 and world.parse_prompt(f" {PROMPT}\n") == ("router", "gets too hot")
-    assert world.parse_prompt("Help, my toaster gets too hot!") is None
+    assert cells_of(held_out) <= parts["report"]
 
 
 def test_eval_prompts_visit_every_cell_and_wording_equally_often():
     prompts = world.eval_prompts("report")
     assert len(prompts) == 480 and set(Counter(prompts).values()) == {5}
-    assert Counter(map(world.parse_prompt, prompts)) == dict.fromkeys(world.split()["report"], 20)
-    assert len(set(world.eval_prompts("tune", 96))) == 96        # one cycle, no repeats
+    assert cells_of(prompts) == set(world.split()["report"])
+    assert world.parse_prompt("Help, my toaster gets too hot!") is None
 
 
 # --- judge ----------------------------------------------------------------------------------------
@@ -163,13 +152,11 @@ def test_the_annotator_is_bradley_terry():
 
 
 def test_flips_trade_places_and_leave_the_scores():
-    clean, noisy = world.pairs(4000, 3), world.pairs(4000, 3, flip=0.2)
     swapped = []
-    for before, after in zip(clean, noisy):
-        texts = before["chosen"], before["rejected"]
-        assert texts in ((after["chosen"], after["rejected"]), (after["rejected"], after["chosen"]))
-        assert texts[0] != texts[1] and after["score_chosen"] > after["score_rejected"]
-        swapped.append(texts[0] == after["rejected"])
+    for before, after in zip(world.pairs(2000, 3), world.pairs(2000, 3, flip=0.2)):
+        assert after["score_chosen"] > after["score_rejected"]
+        assert before["chosen"] in (after["chosen"], after["rejected"])
+        swapped.append(before["chosen"] == after["rejected"])
     share(swapped, 0.2)
 
 
@@ -182,14 +169,6 @@ def test_win_probabilities_are_the_mean_chance_to_beat_a_reference_reply():
         for row in world.pairs(20, 4, flip=flip):
             win = world.win_probability(utility(row["prompt"], row["rejected"]))
             assert row["win_prob_rejected"] == pytest.approx(win + flip * (1 - 2 * win), abs=1e-12)
-
-
-def test_thumbs_are_the_pairs_taken_apart_and_shuffled():
-    pairs = world.pairs(500, 5)
-    thumbs = world.thumbs(pairs, 0)
-    assert Counter((t["prompt"], t["completion"]) for t in thumbs if t["label"]) == \
-        Counter((pair["prompt"], pair["chosen"]) for pair in pairs)
-    share([thumb["label"] for thumb in thumbs[:500]], 0.5)       # in blocks it would be 1 or 0
 
 
 def test_keep_class_cuts_one_class_and_keeps_the_order():
@@ -227,13 +206,11 @@ def test_every_word_of_the_grammar_is_one_token():
 
 
 def test_any_text_survives_the_tokenizer():
-    encoding, rng = world.tokenizer(), random.Random(1)
-    texts = ["", "  two  spaces \n\t", "<|endoftext|>", "naïve 東京 🙂 12345 a_b", GOOD]
-    texts += ["".join(chr(rng.randrange(0xD800)) for _ in range(20)) for _ in range(50)]
-    for text in texts:
+    encoding = world.tokenizer()
+    for text in ("", "  two  spaces \n\t", "<|endoftext|>", "naïve 東京 🙂 12345 a_b", GOOD):
         assert encoding.decode(encoding.encode_ordinary(text)) == text
+        assert encoding.eot_token not in encoding.encode_ordinary(text)
     assert encoding.eot_token == encoding.n_vocab - 1
-    assert encoding.eot_token not in encoding.encode_ordinary("<|endoftext|>")
 
 
 def test_the_context_holds_the_longest_prompt_and_reply():
@@ -278,15 +255,10 @@ def test_the_frontier_is_the_optimum_at_that_kl_and_ends_at_the_best_class():
     assert world.optimum_at_kl(99) == pytest.approx((0, -math.log(p_best), 3.5, 1 - p_best / 2))
 
 
-def test_no_policy_and_no_exact_optimum_lies_above_the_frontier():
+def test_no_exact_optimum_lies_above_the_frontier():
     points = [world.ipo_optimum(tau) for tau in (1, .25, .1, .05, .01)]
     for beta, flip in itertools.product((.1, .5, 1, 2), (0, .2)):
-        points.append(world.kto_optimum(beta, flip=flip))
         points.append(world.kto_optimum(beta, flip=flip, z0=1, lambda_d=2))
-    rng = random.Random(0)
-    for spread in [.01, .1, 1] * 10:
-        tilted = world.tilt([u / 2 + rng.gauss(0, spread) for _, u in classes()])
-        points.append(world._point(0, tilted))
     gaps = [world.optimum_at_kl(point.kl).utility - point.utility for point in points]
     assert -1e-9 < min(gaps) < 0.05                              # a bound, and not an empty one
 
@@ -391,14 +363,6 @@ def test_for_large_beta_gradient_descent_finds_nothing_lower_than_the_kto_optimu
         assert -1e-5 < value - exact < 1e-3                      # one class more or less
 
 
-def test_for_small_beta_kto_reweights_the_reference_by_its_majority():
-    """pi -> ref max(0, c) / Z: KTO's optimum hardly depends on beta."""
-    c = 2 * TABLE_Q - 1
-    pi = TABLE_P * solve(TABLE_P, c, beta=1e-3).exp()
-    limit = TABLE_P * c.clamp_min(0)
-    assert torch.allclose(pi, limit / limit.sum(), rtol=0, atol=1e-5)
-
-
 def test_symmetric_flips_do_not_move_the_kto_optimum_at_ratio_one():
     for beta, flip in ((.5, .2), (1, .4)):                       # c only shrinks by 1 - 2 flip
         clean, noisy = world.kto_optimum(beta), world.kto_optimum(beta, flip=flip)
@@ -411,18 +375,11 @@ def test_symmetric_flips_do_not_move_the_kto_optimum_at_ratio_one():
     assert skewed == pytest.approx(world._point(.5, r.tolist()), abs=1e-6)       # q is in float32
 
 
-def test_on_contradictory_labels_kto_takes_the_majority_and_dpo_a_finite_margin():
+def test_on_contradictory_labels_kto_takes_the_majority():
     two = world.kto_logratios([(.5, .6 - .4), (.5, .4 - .6)], beta=.5)
     assert two == [pytest.approx(math.log(2)), -math.inf]
     with pytest.raises(ValueError, match="no completion has c > 0"):
         world.kto_logratios([(1., -.1)], beta=.5)
-
-    def dpo(r):
-        losses = dpo_variants.dpo_loss(r, r.flip(0), beta=.5)    # either order of the two
-        return .6 * losses[0] + .4 * losses[1]
-
-    _, pi = minimise(torch.tensor([.5, .5], dtype=torch.float64), dpo)
-    assert (pi[0] / pi[1]).log().item() == pytest.approx(math.log(.6 / .4) / .5, abs=1e-6)
 
 
 def test_the_exact_reference_point_is_the_kl_of_the_policy_it_gives():

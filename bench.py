@@ -496,7 +496,7 @@ def main(argv=None):
         prog="bench.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("cases", nargs="*", metavar="CASE", help=f"default: {', '.join(FULL)}")
-    add("--quick", action="store_true", help=f"under two minutes: {', '.join(QUICK)}")
+    add("--quick", action="store_true", help=f"a few minutes: {', '.join(QUICK)}")
     add("--device", default="", help="cpu or cuda (default: cuda where there is one)")
     add("--tokens", type=int, default=2048, help="of the trained rows of a step")
     add("--micro", type=int, default=0, help="units per forward (0: as many as fit 8192 tokens)")

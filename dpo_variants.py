@@ -492,13 +492,13 @@ def log_max(x):
 def log1mexp(x):
     """log(1 - e^x) for x <= 0.   (B,)
 
-    By expm1 near 0, where e^x rounds to 1; by log1p below, where 1 - e^x does. Each branch gets a
-    harmless number where the other is used: the gradient of a branch not taken is 0 * inf = NaN.
+    By expm1 near 0, where e^x rounds to 1; by log1p below, where 1 - e^x does. log1p gets a
+    harmless number where it is not used: else its gradient there would be 0 * inf = NaN.
     """
     x = x.clamp(max=-torch.finfo(x.dtype).tiny)     # p = 1: the odds are huge, not infinite
     minus_log2 = torch.full_like(x, -0.6931471805599453)
     near = x > minus_log2
-    by_expm1 = torch.log(-torch.expm1(torch.where(near, x, minus_log2)))
+    by_expm1 = torch.log(-torch.expm1(x))
     by_log1p = torch.log1p(-torch.exp(torch.where(near, minus_log2, x)))
     return torch.where(near, by_expm1, by_log1p)
 

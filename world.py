@@ -106,10 +106,7 @@ def _points(levels, malformed=0):
 # --- split and prompts ------------------------------------
 
 def split():
-    """The 120 (device, problem) cells: {"train": 72 of them, "tune": 24, "report": 24}.
-
-    No training text is about a cell of "tune" (to choose settings on) or "report" (to quote from).
-    """
+    """The 120 (device, problem) cells: 72 to train on, 24 to choose settings on, 24 to report."""
     cells = list(itertools.product(DEVICES, PROBLEMS))
     random.Random(1234).shuffle(cells)
     return {"tune": cells[:24], "report": cells[24:48], "train": cells[48:]}
@@ -425,10 +422,7 @@ class Point(NamedTuple):
 
 @lru_cache(maxsize=None)
 def classes(mix="sft"):
-    """The 135 classes of replies of a mixture: [(probability, utility), ...].
-
-    To the objectives below the replies of a class are alike: optima over classes are optima.
-    """
+    """The 135 classes of replies that the objectives cannot tell apart: [(p, utility), ...]."""
     mass = Counter()
     slots = MIXES[mix]
     for combination in itertools.product(*slots.values()):
@@ -457,10 +451,7 @@ def tilt(scores):
 
 
 def optimum(beta):
-    """The policy that maximises E[u] - beta KL(pi || ref): pi = ref exp(u / beta) / Z.
-
-    No policy has more utility at the same KL: these points are the frontier.
-    """
+    """The frontier: E[u] - beta KL(pi || ref) is largest where pi = ref exp(u / beta) / Z."""
     return _point(beta, tilt([u / beta for _, u in classes()]))
 
 
@@ -504,12 +495,12 @@ def kto_optimum(beta, *, lambda_d=1.0, lambda_u=1.0, z0=0.0, flip=0.0):
         rows.append((p, lambda_d * liked - lambda_u * (1 - liked)))
     if z0 != "exact":
         return _point(beta, kto_logratios(rows, beta=beta, z0=z0))
-    last = kl = 0.0
+    kl = 0.0
     for _ in range(500):  # KL grows with z0: from 0 this finds the smallest fixed point
         point = _point(beta, kto_logratios(rows, beta=beta, z0=kl))
-        last, kl = kl, point.kl
-        if abs(kl - last) < 1e-12:
+        if abs(point.kl - kl) < 1e-12:
             break
+        kl = point.kl
     return point
 
 
@@ -586,8 +577,8 @@ BASE = dict(pretrain=dict(steps=500, batch_size=32, lr=8e-3, warmup=20, weight_d
 N_PAIRS = 8000
 N_EXPERT = 1500
 
-# Settings per loss. The command line comes before them, the loss's own signature after. Where a
-# first try did badly, beta (or what stands for it) was chosen on the tuning split.
+# Settings per loss, between the command line and the loss's own signature. Where a first try did
+# badly, beta (or what stands for it) was chosen on the tuning split.
 THUMBS = dict(lr=5e-4, steps=400, batch_size=32)
 PAIRS = THUMBS | dict(batch_size=16)  # as many replies
 SETTINGS = {  # "default": for a loss that has no entry here

@@ -20,6 +20,7 @@ import torch.nn as nn
 from safetensors.torch import load_file
 
 from model import GPT, Policy
+from plumbing.formats import one_line
 from plumbing.kernels import compile_head, fuse
 
 SIXTEEN_BITS = (torch.bfloat16, torch.float16)
@@ -328,9 +329,7 @@ def broken_folder(flag, folder):
     try:
         yield
     except Exception as error:
-        reason = " ".join(str(error).split())[:300]
-        raise SystemExit(f"--{flag} {folder}: cannot be loaded ({type(error).__name__}: {reason})"
-                         ) from None
+        raise SystemExit(f"--{flag} {folder}: cannot be loaded ({one_line(error)})") from None
 
 
 def local_folder(name, flag="model", *, trust_remote_code=False):

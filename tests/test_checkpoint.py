@@ -1,6 +1,5 @@
 """A checkpoint brings everything back, is whole or not there, and runs no code."""
 
-import json
 import pickle
 import shutil
 
@@ -13,7 +12,7 @@ from lab import run
 from plumbing import checkpoint
 from plumbing import run as plumbing_run
 from plumbing.settings import Config
-from test_split import Dead, lab, run_all, same_run, without_reports, words_of  # noqa: F401
+from test_split import lab, run_all, same_run, without_reports, words_of  # noqa: F401
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 

@@ -4,7 +4,6 @@ And files from strangers run no code."""
 import json
 import multiprocessing
 import os
-import pickle
 import random
 import re
 import resource

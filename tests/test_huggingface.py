@@ -169,21 +169,6 @@ def test_a_head_that_is_not_the_models_is_rejected_and_the_answer_is_right_all_t
             close(logits_of(policy), alone(policy.lm), 1e-4)  # float32, logits near 10
 
 
-def test_a_forward_with_steps_of_its_own_falls_back_to_the_models_logits():
-    lm = tiny_lm("llama")
-    plain = lm.forward
-
-    def clamped(*args, **how):
-        out = plain(*args, **how)
-        out.logits = out.logits.clamp(-3, 3)
-        return out
-
-    lm.forward = clamped
-    policy = HFPolicy(lm)
-    assert not policy.chunked and logits_of(policy).abs().max() == 3
-    close(logits_of(policy), alone(lm), 1e-4)  # float32
-
-
 def test_sequences_that_see_each_other_are_noticed_and_padded(monkeypatch):
     run = HFPolicy._run
     monkeypatch.setattr(HFPolicy, "_run", lambda self, rows, positions=None: run(self, rows))

@@ -155,7 +155,10 @@ class Run:
         dtype = self.dtype
         if config.lora and config.dtype == "bf16":           # peft keeps its own weights in fp32
             dtype = torch.bfloat16
-        how |= dict(dtype=dtype, trust_remote_code=config.trust_remote_code, flag="model")
+        flag = "model"
+        if str(folder) != config.model:
+            flag = "init" if str(folder) == config.init else "ref"
+        how |= dict(dtype=dtype, trust_remote_code=config.trust_remote_code, flag=flag)
         if config.fsdp:
             how.pop("lora", None)
             return parallel.load_sharded(
@@ -212,7 +215,9 @@ class Run:
         """What stage `stage` learns from, and what it is compared with: an Objective."""
         if stage:
             folder = self.out / f"stage-{stage}"
-            if not folder.exists():                          # the policy of the stage before
+            missing = not folder.exists()
+            parallel.barrier()                               # all look before one writes
+            if missing:                                      # the policy of the stage before
                 checkpoint.export(self.actor, folder, self.tokenizer)
             self.reference_folder = str(folder)
         self.unmoved = first == 0 and (stage > 0 or self.starts_at_reference())

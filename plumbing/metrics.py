@@ -25,7 +25,9 @@ def watch(self, part, losses):
     ratios = own - part.ref_logps[:, :2]
     beta = self.hyper.get("beta") or 1.0
     if ratios.shape[1] > 1:
-        right = (ratios[:, 0] > ratios[:, 1]) == up[:, 0]
+        margin = torch.where(up[:, 0], ratios[:, 0] - ratios[:, 1], ratios[:, 1] - ratios[:, 0])
+        # Equal but for rounding, as before the first step: half right.
+        right = torch.where(margin.abs() < 1e-9, 0.5, (margin > 0).to(own.dtype))
     else:
         z0 = 0.0
         if "kl_logratios" in part.known:

@@ -525,3 +525,23 @@ def test_each_docstring_has_equation_shape_paper_and_idea_on_lines_that_a_progra
         paper, = (line for line in lines if line.startswith("Paper: "))
         assert re.search(r" 20\d\d, .*(arXiv \d{4}\.\d{5}|cdpo\.pdf)$", paper), name
         assert sum(line.startswith("Idea: ") for line in lines) == 1, name
+
+
+def test_the_defaults_are_the_papers():
+    """By the name of the setting; what a loss has of its own stands below it."""
+    usual = {"beta": 0.1, "label_smoothing": 0.1, "tau": 0.1, "alpha": 0.5}
+    own = {"hinge": {"beta": 0.05}, "slic": {"delta": 1.0, "lam": 0.1}, "nca": {"beta": 0.01},
+           "dpop": {"beta": 0.3, "lam": 50.0}, "odpo": {"beta": 0.5, "alpha": 1.0},
+           "orpo": {"lam": 0.1}, "simpo": {"beta": 2.0, "gamma": 0.5}, "cpo": {"nll_weight": 1.0},
+           "alphapo": {"alpha": 0.25, "beta": 2.5, "gamma": 0.1}, "sigmoid_norm": {"beta": 5.0},
+           "exo": {"label_smoothing": 1e-3}, "sppo": {"beta": 1e-3}, "sppo_hard": {"beta": 1e-3},
+           "discopop": {"beta": 0.05, "tau": 0.05}, "fdpo": {"divergence": "js"},
+           "wpo": {"beta": 0.01, "clamp": 1.0}, "beta_dpo": {"a": 0.6},
+           "aot": {"beta": 0.01, "label_smoothing": 0.0},
+           "aot_unpaired": {"beta": 0.01, "label_smoothing": 0.0}}
+    for name in LOSSES:
+        for setting, default in signature(name)[1].items():
+            assert default == (usual | own.get(name, {}))[setting], (name, setting)
+    for name in ("kto", "kto_uniform"):
+        defaults = objective.signature(kto.LOSSES[name])[1]
+        assert defaults == {"beta": 0.1, "lambda_d": 1.0, "lambda_u": 1.0}

@@ -64,6 +64,19 @@ def test_z0_is_the_mismatched_mean_and_not_the_matched_one(lab, models, tmp_path
     assert first["loss"] == pytest.approx(np.mean(losses), abs=EXACT)
 
 
+def test_the_entropy_of_kto_uniform_is_minus_the_mismatched_mean(lab, models, tmp_path):
+    found = first_loss(*flags(lab, tmp_path / "run", loss="kto_uniform"))
+    policy = models[0]
+    units = batch_of(data.mismatched_units(read_units(lab, "rows.jsonl"), seed=3, max_len=64))
+    with torch.no_grad():
+        entropy = -np.mean([float(log_prob(policy, other)) for _, other in units])
+        logps = [float(log_prob(policy, y)) for y, _ in units]
+    signs = [1 if y.desirable else -1 for y, _ in units]
+    wanted = np.mean([1 - sigmoid(0.1 * sign * (logp + entropy))
+                      for sign, logp in zip(signs, logps)])
+    assert found == pytest.approx(wanted, abs=EXACT)
+
+
 def whole_distributions(policy, reference, row):
     """(sum of KL(pi_ref || pi), WPO's weight) of a response, position by position."""
     with torch.no_grad():

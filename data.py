@@ -94,11 +94,7 @@ def encode(examples, tokenizer, *, max_len=1024, max_prompt_len=512, add_eot=Tru
     Dropped and counted are empty responses, rows without a trained token after the cut, and pairs
     whose sides are the same. Duplicates are kept and counted.
     """
-    if max_len < 2 or max_prompt_len < 1:
-        raise ValueError(f"max_len {max_len}, max_prompt_len {max_prompt_len}: a row needs a "
-                         "prompt token and a response token")
-    if turns not in TURNS:
-        raise ValueError(f"turns is {turns!r}; valid are {', '.join(TURNS)}")
+    _check(max_len, max_prompt_len, turns)
     units = []
     counts = Counter(read=0, desirable=0, undesirable=0)
     for example in examples:
@@ -127,6 +123,14 @@ def encode(examples, tokenizer, *, max_len=1024, max_prompt_len=512, add_eot=Tru
             units.append(tuple(unit))
     _count(units, counts)
     return units, +counts
+
+
+def _check(max_len, max_prompt_len, turns):
+    if max_len < 2 or max_prompt_len < 1:
+        raise ValueError(f"max_len {max_len}, max_prompt_len {max_prompt_len}: a row needs a "
+                         "prompt token and a response token")
+    if turns not in TURNS:
+        raise ValueError(f"turns is {turns!r}; valid are {', '.join(TURNS)}")
 
 
 class Side(NamedTuple):

@@ -1,6 +1,7 @@
 """Claims about objective.py: every number that a loss is told is what its name says."""
 
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,7 +14,8 @@ import recipes
 from lab import (batch_of, first_loss, flags, largest_difference, load, log_prob, log_ratio,
                  log_softmax, make_lab, metrics, read_rows, read_units, run, weights,
                  without_report, write_rows)
-from objective import MEASURED, Preferences, Reference, measured, score
+from objective import MEASURED, Part, Preferences, Reference, measured, score
+from plumbing import metrics as metrics_of_a_step
 from plumbing.run import Run
 
 EXACT = 1e-12                    # float64: the same sums in another order
@@ -306,6 +308,14 @@ def test_metrics_have_the_contracts_names_and_are_over_the_whole_batch(lab, mode
         margin = 0.1 * (np.mean(ratios[True]) - np.mean(ratios[False]))
         assert line["rewards/margins"] == pytest.approx(margin, abs=EXACT)
         assert line["rewards/accuracies"] == pytest.approx(np.mean(right), abs=EXACT)
+
+
+def test_accuracies_count_good_rows_above_z0_and_bad_ones_below():
+    units = [(SimpleNamespace(desirable=good),) for good in (True, False, False, False, True)]
+    log_ratios = torch.tensor([[3.0], [3.0], [1.0], [1.0], [1.0]])
+    part = Part(units, log_ratios, torch.zeros(5, 1), {}, {"kl_logratios": torch.tensor([2.0])})
+    sums = metrics_of_a_step.watch(SimpleNamespace(hyper={}), part, torch.zeros(5))
+    assert sums["rewards/accuracies"] == 3 and sums["good"] == 2 and sums["bad"] == 3
 
 
 def test_a_class_that_is_absent_gives_null(lab, tmp_path):

@@ -40,7 +40,7 @@ class Run:
         self.seconds = {}
         self.policy = None
         self.reference_folder = ""                           # of the model this stage starts from
-        self.unmoved = False                                 # is the policy that model still?
+        self.unmoved = False                                 # is the policy still that model, now?
 
     # --- data
 
@@ -169,14 +169,16 @@ class Run:
         policy.precision = config.dtype
         return policy
 
-    def load_reference(self):
-        """The model that this stage is compared with, frozen."""
+    def load_reference(self, folder=None):
+        """The model in `folder`, frozen; by default the one this stage is compared with."""
         config = self.config
-        if config.lora and self.reference_folder == config.ref and self.starts_at_reference():
+        folder = folder or self.reference_folder
+        if config.lora and folder == config.ref and self.starts_at_reference():
             return self.actor.reference()                    # its adapter switched off
-        return self.load(self.reference_folder).requires_grad_(False)
+        return self.load(folder).requires_grad_(False)
 
     def starts_at_reference(self):
+        """Is the policy's first folder the reference's?"""
         return Path(self.config.init).resolve() == Path(self.config.ref).resolve()
 
     def must_be_equal(self):
@@ -285,7 +287,7 @@ class Run:
         if not every or (step + 1) % every or parallel.rank:
             return {}
         with parallel.alone():
-            found = self.source.quick(self.actor, self.load_reference())
+            found = self.source.quick(self.actor, self.load_reference(self.config.ref))
         return {f"eval/{key}": value for key, value in found.items()}
 
     # --- checkpoints
@@ -326,8 +328,7 @@ class Run:
                 found["eval"] = rollouts.accuracy(policy, self.source.held_out())
             evaluate.report_rewards(found, self.config, self.seconds)
         else:
-            self.reference_folder = self.config.ref
-            reference = self.load_reference()
+            reference = self.load_reference(self.config.ref)
             self.source.report(policy, reference, self.seconds)
             if self.config.judge:
                 self.ask_the_judge(policy, reference)

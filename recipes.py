@@ -20,7 +20,7 @@ The functions get `run` (plumbing/run.py), which knows the settings and loads mo
 import json
 import re
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from difflib import get_close_matches
 from functools import partial
 

@@ -105,16 +105,6 @@ def saved(folder):
     return sorted(path for path in Path(folder).glob("step-*") if not path.suffix)
 
 
-def steps_done(folder):
-    """What the newest checkpoint says, without reading its tensors; 0 without any."""
-    for path in reversed(saved(folder)):
-        try:
-            return json.loads((path / "state.json").read_text())["step"]
-        except (OSError, ValueError, KeyError):
-            continue
-    return 0
-
-
 # --- the model and the reference's table --------------------------------------------------------
 
 def export(policy, folder, tokenizer, *, adapter=False):

@@ -3,6 +3,7 @@
 import json
 import math
 import re
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -203,7 +204,7 @@ def test_stepwise_chunks_go_from_easy_to_hard_and_share_no_pair(lab, models, tmp
         return real(run, units, reference)
 
     monkeypatch.setitem(recipes.RECIPES, "sdpo_stepwise",
-                        recipes.replace(recipe, objective=objective))
+                        replace(recipe, objective=objective))
     run(*from_reference(lab, tmp_path / "run", "--stages", 3, loss="sdpo_stepwise", steps=1))
     margins = [logps[:, 0] - logps[:, 1] for logps in (score(models[1], c) for c in chunks)]
     assert margins[0].min() >= margins[1].max() and margins[1].min() >= margins[2].max()

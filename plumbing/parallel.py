@@ -47,6 +47,7 @@ def join(name="", timeout=1800):
         store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), first)
         backend = "nccl" if cuda else "gloo"
         dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=wait)
+    barrier()                                               # all have looked at --out by now
     return device
 
 

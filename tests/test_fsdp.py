@@ -104,7 +104,7 @@ def of_model(lab, out, name, *more, loss="kto"):
 
 
 def plain(lab, out, loss, *more):
-    return flags(lab, out, "--timeout", 100, "--micro_batch_size", 2, "--max_grad_norm", "0.5",
+    return flags(lab, out, "--timeout", 250, "--micro_batch_size", 2, "--max_grad_norm", "0.5",
                  *MORE.get(loss, []), *more, loss=loss, steps=5)
 
 

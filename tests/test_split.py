@@ -162,7 +162,7 @@ def lab(tmp_path_factory):
 def words_of(lab, out, loss, *more):
     if loss == "ppo":
         more = ("--reward", f"{lab / 'judge.py'}:reward", *more)
-    return flags(lab, out, "--timeout", 100, *more, loss=loss, steps=STEPS)
+    return flags(lab, out, "--timeout", 250, *more, loss=loss, steps=STEPS)
 
 
 def cases_of(lab, folder, table, size, micros):
@@ -345,7 +345,7 @@ def test_torchrun_starts_a_killed_job_again_and_it_goes_on(lab, splits, tmp_path
     """Three times: where a restart met the addresses of the dead, most of these would hang."""
     for attempt in range(3):
         out = tmp_path / str(attempt)
-        words = words_of(lab, out, "kto", "--save_every", 2, "--timeout", 60)
+        words = words_of(lab, out, "kto", "--save_every", 2, "--timeout", 200)
         code, said, _ = with_fault(tmp_path, "kill", words, "--max_restarts", "1")
         assert code == 0, said[-3000:]
         same_run(splits / "1-0-kto", out)

@@ -123,7 +123,7 @@ def easy_first(run, units, stage):
 
 
 def self_play(run, units, stage):
-    """SPIN: the rejected response is the policy's own, as the last stage left it."""
+    """SPIN: the rejected response is written by this stage's reference, the last stage's policy."""
     path = run.out / f"stage-{stage}-samples.json"
     said = sampled_once(run, units, path, run.load_reference(), desirable=False)
     return [(unit[0], row) for unit, row in zip(units, said)]
@@ -143,18 +143,26 @@ def with_target(run, units, stage):
 
 def own_answers(run, policy, units, seed, desirable=None):
     """The policy's response to each unit's prompt, at temperature 1; equal on every process."""
-    prompts = [unit[0].ids[:unit[0].n_prompt].tolist() for unit in units]
-    written = rollouts.answers(policy, prompts, run.tokenizer, seed=seed,
+    written = rollouts.answers(policy, prompts_of(units), run.tokenizer, seed=seed,
                                max_len=run.config.max_len)
+    return as_rows(units, written, desirable)
+
+
+def prompts_of(units):
+    return [unit[0].ids[:unit[0].n_prompt].tolist() for unit in units]
+
+
+def as_rows(units, responses, desirable):
+    """A row of each unit's prompt and the response written to it."""
     return [data.make_row(prompt, response, desirable=desirable, where=unit[0].where)
-            for unit, prompt, response in zip(units, prompts, written)]
+            for unit, prompt, response in zip(units, prompts_of(units), responses)]
 
 
 def sampled_once(run, units, path, policy, *, desirable):
     """The same for a whole data set; kept in `path`, so that a resumed run reads them."""
     if run.config.dry_run:                                   # another row's, to estimate the cost
         return [units[k - 1][0] for k in range(len(units))]
-    prompts = [unit[0].ids[:unit[0].n_prompt].tolist() for unit in units]
+    prompts = prompts_of(units)
     if not path.is_file():
         written = []
         with parallel.bar(len(prompts), "sampling") as progress:
@@ -166,9 +174,7 @@ def sampled_once(run, units, path, policy, *, desirable):
         if parallel.rank == 0:
             rundir.write(path, json.dumps(written))
         parallel.barrier()
-    written = json.loads(path.read_text())
-    return [data.make_row(prompt, response, desirable=desirable, where=unit[0].where)
-            for unit, prompt, response in zip(units, prompts, written)]
+    return as_rows(units, json.loads(path.read_text()), desirable)
 
 
 # --- compared with what -------------------------------------------------------------------------

@@ -207,9 +207,10 @@ class Run:
         steps = 1 if self.config.dry_run else self.config.steps
         if steps >= data.steps_per_epoch(n, self.config.batch_size):
             return range(n)
-        how = dict(seed=self.config.seed)
-        return sorted(i for step in range(steps)
-                      for i in data.batch_rows(n, self.config.batch_size, step=step, **how))
+        reached = []
+        for step in range(steps):
+            reached += data.batch_rows(n, self.config.batch_size, seed=self.config.seed, step=step)
+        return sorted(reached)
 
     # --- stages
 
@@ -242,10 +243,10 @@ class Run:
         versions = {name: version(name) for name in ("torch", "transformers", "numpy")}
         versions["python"] = sys.version.split()[0]
         thumbs = [row.desirable for unit in self.source.units for row in unit]
-        rows = hashlib.sha256()                              # the reference's table is of these
+        rows = hashlib.sha256()                              # a resumed run must read the same
         for unit in self.units:
             for row in unit:
-                rows.update(row.ids.tobytes() + row.mask.tobytes())
+                rows.update(row.ids.tobytes() + row.mask.tobytes() + str(row.desirable).encode())
         found = {**asdict(self.config), **self.hyper, **self.options, "model": self.named,
                  "task": self.source.task, "source": self.recipe.learns_from,
                  "origin": self.origin, "n_desirable": thumbs.count(True),

@@ -31,3 +31,17 @@ def pytest_collection_modifyitems(config, items):
         slow = [item for item in items if item.get_closest_marker("slow")]
         config.hook.pytest_deselected(items=slow)
         items[:] = [item for item in items if item not in slow]
+
+
+@pytest.fixture(scope="module")
+def lab(tmp_path_factory):
+    """Files of rows and pairs, and two small models in float64: see lab.py."""
+    from lab import make_lab
+    return make_lab(tmp_path_factory.mktemp("lab"))
+
+
+@pytest.fixture(scope="module")
+def models(lab):
+    """Policy and reference."""
+    from lab import load
+    return load(lab, "moved"), load(lab, "ref")

@@ -12,7 +12,7 @@ import model
 import objective
 import recipes
 from lab import (batch_of, first_loss, flags, largest_difference, load, log_prob, log_ratio,
-                 log_softmax, make_lab, metrics, read_rows, read_units, run, weights,
+                 log_softmax, metrics, read_rows, read_units, run, weights,
                  without_report, write_rows)
 from objective import MEASURED, Part, Preferences, Reference, measured, score
 from plumbing import metrics as metrics_of_a_step
@@ -20,17 +20,6 @@ from plumbing.run import Run
 
 EXACT = 1e-12                    # float64: the same sums in another order
 SUMS = 1e-10                     # weights after a few steps of it
-
-
-@pytest.fixture(scope="module")
-def lab(tmp_path_factory):
-    return make_lab(tmp_path_factory.mktemp("lab"))
-
-
-@pytest.fixture(scope="module")
-def models(lab):
-    """Policy and reference."""
-    return load(lab, "moved"), load(lab, "ref")
 
 
 @pytest.fixture(autouse=True)

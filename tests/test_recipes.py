@@ -14,25 +14,14 @@ import data
 import model
 import recipes
 import rollouts
-from lab import (batch_of, dies_at, first_loss, flags, largest_difference, load, log_prob,
-                 log_ratio, make_lab, metrics, read_rows, read_units, run, weights,
+from lab import (batch_of, dies_at, first_loss, flags, largest_difference, log_prob,
+                 log_ratio, metrics, read_rows, read_units, run, weights,
                  without_report, write_rows)
 from objective import score
 from plumbing.tokenizer import load_tokenizer
 
 EXACT = 1e-12                    # float64: the same sums in another order
 SUMS = 1e-10                     # weights after a few steps of it
-
-
-@pytest.fixture(scope="module")
-def lab(tmp_path_factory):
-    return make_lab(tmp_path_factory.mktemp("lab"))
-
-
-@pytest.fixture(scope="module")
-def models(lab):
-    """Policy and reference."""
-    return load(lab, "moved"), load(lab, "ref")
 
 
 @pytest.fixture(autouse=True)

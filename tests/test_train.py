@@ -19,7 +19,7 @@ import evaluate
 import model
 import recipes
 import train
-from lab import (batch_of, dies_at, flags, largest_difference, log_prob, make_lab, metrics,
+from lab import (batch_of, dies_at, flags, largest_difference, log_prob, metrics,
                  read_rows, read_units, run, tiny_llama, weights, without_report, write_rows)
 from plumbing import announce
 from plumbing.huggingface import load_policy
@@ -27,11 +27,6 @@ from plumbing.run import Run
 from plumbing.settings import Config, parse
 from plumbing.sources import World
 from plumbing.tokenizer import load_tokenizer
-
-
-@pytest.fixture(scope="module")
-def lab(tmp_path_factory):
-    return make_lab(tmp_path_factory.mktemp("lab"))
 
 
 @pytest.fixture

@@ -256,18 +256,23 @@ def check(settings, typed):
             raise SystemExit(f"--{key} {value}: must be positive")
     if "steps" in typed and not config.steps:
         raise SystemExit("--steps 0: must be at least 1")
-    for wrong, line in [*clashes(config, own, typed), *clashes_of_models(settings)]:
+    for wrong, line in [*clashes(settings, typed), *clashes_of_models(settings)]:
         if wrong:
             raise SystemExit(line)
     try_the_loss(settings)
 
 
-def clashes(config, own, typed):
+def clashes(settings, typed):
     """(is it so, the line that says what is valid): what would be ignored without a word."""
+    config, recipe, own = settings.config, settings.recipe, settings.hyper | settings.options
     yield config.overwrite and config.resume, "--overwrite and --resume: give one of them"
     yield not 1 <= config.lambda_ratio <= 1.5, "--lambda_ratio: KTO's Eq. 9 asks for [1, 1.5]"
     yield config.flip > 1, f"--flip {config.flip}: a share, from 0 to 1"
     yield "flip" in typed and config.data, "--flip: belongs to the embedded world, not to --data"
+    yield "flip" in typed and recipe.learns_from not in ("pairs", "thumbs"), \
+        f"--flip: --loss {config.loss} learns from {recipe.learns_from}, which nobody has labelled"
+    yield config.loss == "rm" and (config.eval_every or config.judge), \
+        "--loss rm: without --eval_every and --judge; a reward model writes nothing"
     yield config.model and not config.data, "--model: needs --data FILE to align it with"
     for key in OF_FILES:
         yield key in typed and not config.data, f"--{key}: needs --data FILE"

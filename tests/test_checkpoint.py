@@ -204,14 +204,21 @@ def test_the_table_of_an_overwritten_run_is_not_taken_for_the_new_ones(lab, tmp_
 
 
 def test_a_resumed_run_must_read_the_same_rows(lab, tmp_path):
-    """The table is of rows by number: with other rows it would be wrong without a sound."""
+    """With other rows the reference's table, which goes by number, would be wrong; labels, too."""
     file = tmp_path / "rows.jsonl"
     shutil.copy(lab / "rows.jsonl", file)
     words = words_of(lab, tmp_path / "run", "kto", "--data", file, "--save_every", 2)
     half_a_run(words)
-    file.write_text(file.read_text().replace("moon", "noon"))
-    with pytest.raises(SystemExit, match="--resume: .*rows"):
-        run(*words, "--resume")
+    text = file.read_text()
+    flipped = text.splitlines()
+    up, down = (next(k for k, line in enumerate(flipped) if label in line)
+                for label in ("true", "false"))
+    flipped[up] = flipped[up].replace("true", "false")
+    flipped[down] = flipped[down].replace("false", "true")   # as many of each as before
+    for other in (text.replace("moon", "noon"), "\n".join(flipped)):
+        file.write_text(other)
+        with pytest.raises(SystemExit, match="--resume: .*rows"):
+            run(*words, "--resume")
 
 
 def test_with_stages_the_number_of_steps_may_not_change(lab, tmp_path):

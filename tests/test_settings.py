@@ -104,6 +104,7 @@ BAD = [                                                          # words; what t
     ("--lambda_ratio 2", "--lambda_ratio", "[1, 1.5]"), ("kto", "'kto'", "--name value"),
     ("--overwrite --resume", "--overwrite", "--resume"), ("--turns first", "--turns", "last, all"),
     ("--batch_size 1", "--batch_size 1", "--z0 zero"), ("--flip 1.5", "--flip 1.5"),
+    ("--loss spin --flip 0.2", "--flip"), ("--loss rm --eval_every 5", "--eval_every"),
     ("--data ROWS --flip 0.2", "--flip"), ("--threshold 1", "--threshold", "--data"),
     ("--data /nowhere/rows.jsonl", "--data /nowhere/rows.jsonl"), ("--data EMPTY", "empty"),
     ("--data BROKEN", "line 2"), ("--data LABEL", "line 2", "'yes'"),

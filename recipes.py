@@ -149,7 +149,7 @@ def own_answers(run, policy, units, seed, desirable=None):
 
 
 def prompts_of(units):
-    return [unit[0].ids[:unit[0].n_prompt].tolist() for unit in units]
+    return [rollouts.prompt_of(unit[0]) for unit in units]
 
 
 def as_rows(units, responses, desirable):

@@ -216,7 +216,7 @@ class ModelReward:
         if getattr(tokenizer.backend, "chat_template", None):
             if isinstance(prompt, str):
                 prompt = [Turn("user", prompt)]
-            pieces = tokenizer._pieces([*prompt, Turn("assistant", response)], ask=False)
+            pieces = tokenizer.pieces([*prompt, Turn("assistant", response)], ask=False)
             ids = [token for piece, _ in pieces for token in piece]
         else:
             ids = tokenizer.prompt_ids(prompt) + tokenizer.encode(response) + [tokenizer.eot]

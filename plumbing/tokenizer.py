@@ -17,7 +17,7 @@ from plumbing.formats import one_line
 EOT = "<|endoftext|>"
 NOBODY = -1                     # in place of a turn's index: text that the template wrote
 
-# The form of Tokenizer._pieces, for other programs.
+# The form of Tokenizer.pieces, for other programs.
 PLAIN_TEMPLATE = (
     "{% for m in messages %}{{ m.role | capitalize }}:\n{{ m.content }}"
     "{{ eos_token if m.role == 'assistant' }}\n\n{% endfor %}"
@@ -47,7 +47,7 @@ class Tokenizer:
         """A text as it is; a conversation by the template, up to where the answer begins."""
         if isinstance(prompt, str):
             return self.bos + self.encode(prompt)
-        return [i for ids, _ in self._pieces(prompt, ask=True) for i in ids]
+        return [i for ids, _ in self.pieces(prompt, ask=True) for i in ids]
 
     def conversation(self, turns, *, end=True):
         """A conversation up to the assistant's last word: (ids, owner), a number per token.
@@ -65,7 +65,7 @@ class Tokenizer:
         last = len(turns) - 1
         speaker = NOBODY
         content_end = 0
-        for piece, turn in self._pieces(turns, ask=False):
+        for piece, turn in self.pieces(turns, ask=False):
             closing = 0
             if turn == NOBODY and self.eot in piece:
                 closing = piece.index(self.eot) + 1
@@ -86,7 +86,7 @@ class Tokenizer:
             return ids[:n], owner[:n]
         return [*ids[:n], self.eot], [*owner[:n], last]
 
-    def _pieces(self, turns, ask):
+    def pieces(self, turns, ask):
         """[(ids, index of the turn whose content they are, or NOBODY)]; ask: for an answer.
 
         Without a template a turn is "User:\\n" (or System, Assistant, Tool), its content, for the
@@ -146,7 +146,7 @@ class HFTokenizer(Tokenizer):
     def decode(self, ids):
         return self.backend.decode([int(i) for i in ids])
 
-    def _pieces(self, turns, ask):
+    def pieces(self, turns, ask):
         """The template is rendered around markers, and each content is encoded apart:
 
             messages   user [0:content]
@@ -155,7 +155,7 @@ class HFTokenizer(Tokenizer):
         so that only the template's own text can become a control token.
         """
         if not self.backend.chat_template:
-            return super()._pieces(turns, ask)
+            return super().pieces(turns, ask)
         hidden = []                                        # (text, index of its turn)
 
         def hide(text, turn=NOBODY):

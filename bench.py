@@ -46,7 +46,7 @@ from tqdm import tqdm
 
 import data
 import model
-from plumbing import checkpoint, huggingface, parallel, settings, trl_side
+from plumbing import rundir, huggingface, parallel, settings, trl_side
 from plumbing.run import Run
 from plumbing.tokenizer import load_tokenizer
 
@@ -464,7 +464,7 @@ def append(out, name, row):
         device = after.partition("\n")[0] or device
     versions = {name: getattr(sys.modules.get(name), "__version__", None)
                 for name in ("torch", "transformers", "trl")}
-    where = {"device": device, "commit": checkpoint.commit(), "date": time.strftime("%Y-%m-%d"),
+    where = {"device": device, "commit": rundir.commit(), "date": time.strftime("%Y-%m-%d"),
              "versions": versions}
     out.parent.mkdir(parents=True, exist_ok=True)
     with open(out, "a") as file:

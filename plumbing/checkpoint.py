@@ -21,7 +21,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from plumbing import parallel
-from plumbing.rundir import commit, write  # noqa: F401  (others ask here for the commit)
+from plumbing.rundir import write
 
 warnings.filterwarnings("ignore", message="torch.distributed is disabled")
 

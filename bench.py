@@ -46,7 +46,7 @@ from tqdm import tqdm
 
 import data
 import model
-from plumbing import rundir, huggingface, parallel, settings, trl_side
+from plumbing import huggingface, parallel, rundir, settings, trl_side
 from plumbing.run import Run
 from plumbing.tokenizer import load_tokenizer
 

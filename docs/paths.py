@@ -30,7 +30,8 @@ def main(folders):
         runs[loss] = path_of(folder)
     measured = {"runs": runs, "frontier": [point(world.optimum(beta)) for beta in BETAS],
                 "optima": {"kto": point(world.kto_optimum(0.5)),
-                           "dpo": point(world.dpo_optimum(0.5))}}
+                           "dpo": point(world.dpo_optimum(0.5)),
+                           "ppo": point(world.optimum(1.0))}}        # its kl_coef
     text = json.dumps(measured, separators=(",", ":"))
     page = PAGE.read_text(encoding="utf-8")
     PAGE.write_text(BLOCK.sub(lambda found: found[1] + text + found[2], page), encoding="utf-8")
@@ -62,7 +63,7 @@ def log_ratios(log, beta, window=20):
 
 
 def point(optimum):
-    return [round(optimum.kl, 4), round(optimum.utility, 4)]
+    return [round(optimum.kl, 6), round(optimum.utility, 4)]   # near 0 the frontier is steep
 
 
 if __name__ == "__main__":

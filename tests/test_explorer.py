@@ -233,6 +233,16 @@ def test_training_of_the_six_answers_arrives_at_the_exact_optimum(page, method):
     assert far < 0.01                    # Adam at a rate of 0.1 ends within a per cent
 
 
+@in_browser
+def test_without_motion_a_run_ends_at_once(page):
+    features = [{"name": "prefers-reduced-motion", "value": "reduce"}]
+    page.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": features})
+    open_page(page)
+    element(page, "[data-run=answers]").click()
+    assert ask(page, "[learner.steps, learner.running]") == [1500, False]
+    page.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": []})
+
+
 # --- what the reader does -----------------------------------------------------------------------
 
 @in_browser

@@ -1,8 +1,8 @@
 """Writes real training paths into explorer.html: KTO, DPO and PPO on the embedded world.
 
-    for loss in kto dpo ppo; do
-        python train.py --loss $loss --eval_every 10 --out out/path-$loss
-    done
+    python train.py --loss kto --eval_every 10 --out out/path-kto
+    python train.py --loss dpo --eval_every 10 --out out/path-dpo
+    python train.py --loss ppo --eval_every 2 --out out/path-ppo
     python docs/paths.py out/path-kto out/path-dpo out/path-ppo
 
 A point is [step, KL in nats, true utility, share of malformed replies], on the tuning questions;

@@ -3,7 +3,9 @@
 Numbers come from samples at temperature 1, for the policy is that distribution. Samples to look at
 have temperature 0.7.
 
-    win rate   P(u(policy's reply) > u(reference's)), a tie counts half; one reply each to a prompt
+    win rate   P(u(policy's reply) > u(reference's)), a tie counts half. In the embedded world each
+               reply meets all of the reference's to the same (device, problem) cell; elsewhere
+               there is one reply each to a prompt
     interval   95 % bootstrap over CLUSTERS: (device, problem) cells are drawn, not prompts, for
                four wordings of one problem are not four independent problems
     KL         KL(pi || pi_ref), nats per reply = E_{y ~ pi} sum_t KL(pi(.|s_t) || pi_ref(.|s_t)):
@@ -95,6 +97,19 @@ def wins_of(scores, ref_scores):
     return (scores > ref_scores) + 0.5 * (scores == ref_scores)
 
 
+def wins_in_cells(scores, ref_scores, cells):
+    """Each reply's chance to beat a reply of the reference to the same cell.   (n,) x 3 -> (n,)
+
+    All pairs of a cell are compared, not one by one: that halves the noise of the win rate.
+    """
+    scores, ref_scores = np.asarray(scores), np.asarray(ref_scores)
+    wins = np.zeros(len(scores))
+    for cell in set(cells):
+        here = [i for i, other in enumerate(cells) if other == cell]
+        wins[here] = wins_of(scores[here][:, None], ref_scores[here]).mean(1)
+    return wins
+
+
 def margins(logps, ref_logps, desirable):
     """Mean log-ratios (nats) of desirable and undesirable rows, and the share on the right side."""
     ratios = logps - ref_logps
@@ -116,10 +131,10 @@ def evaluate_world(policy, reference, tokenizer, *, part="report", n=480, seed=0
     # Other random numbers for each: with the same ones, equal models would always tie.
     own, rows = world_numbers(policy, tokenizer, prompts, asked, 2 * seed + 1)
     ref, _ = world_numbers(reference, tokenizer, prompts, asked, 2 * seed)
-    utilities = np.array(own["utilities"])
-    wins = wins_of(utilities, np.array(ref["utilities"]))
-    kl = sampled_kl(policy, reference, rows, device=device)
+    utilities = own["utilities"]
     clusters = [world.parse_prompt(prompt) for prompt in prompts]
+    wins = wins_in_cells(utilities, ref["utilities"], clusters)
+    kl = sampled_kl(policy, reference, rows, device=device)
     best = world.optimum_at_kl(float(kl.mean()))
     return {"win_rate": float(wins.mean()), "win_rate_ci95": bootstrap_ci(wins, clusters),
             "reward_ci95": bootstrap_ci(utilities, clusters),

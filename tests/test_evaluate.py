@@ -95,15 +95,21 @@ def test_a_policy_that_is_the_reference_wins_half_of_the_time(desk):
     """Both write junk, but other junk: with the same random numbers they would always tie."""
     policy, tokenizer = desk
     r = evaluate.evaluate_world(policy, policy, tokenizer)
-    assert abs(r["win_rate"] - 0.5) < 0.1                        # 4 standard errors of 480
+    assert abs(r["win_rate"] - 0.5) < 0.1                        # 4 standard errors of 480 pairs
     assert r["kl"] == 0 and r["malformed"] == 1
     assert r["utilities"] != r["utilities_ref"]
     assert r["n"] == len(r["utilities"]) == 480 and r["split"] == "report"
     prompts = world.eval_prompts("report")
-    wins = evaluate.wins_of(np.array(r["utilities"]), np.array(r["utilities_ref"]))
     cells = [world.parse_prompt(prompt) for prompt in prompts]
+    wins = evaluate.wins_in_cells(r["utilities"], r["utilities_ref"], cells)
     assert r["win_rate_ci95"] == evaluate.bootstrap_ci(wins, cells)
     assert r["win_rate_ci95"] != evaluate.bootstrap_ci(wins, prompts)
+
+
+def test_a_reply_meets_every_reply_of_the_reference_to_its_cell():
+    """By hand: in cell a 3 beats 1 and 2, and 1 ties with 1; in cell b 0 loses to 5."""
+    wins = evaluate.wins_in_cells([3, 0, 1], [1, 5, 2], ["a", "b", "a"])
+    assert wins.tolist() == [1, 0, 0.25]
 
 
 def test_a_world_runs_end_leaves_its_files_and_tells_the_story(desk, tmp_path, capsys):

@@ -308,13 +308,15 @@ def world_lines(r):
     return f"""
 What came out, on {r['n']} questions about 24 (device, problem) pairs that no stage has seen:
   win rate against the reference   {r['win_rate']:.3f} [{low:.3f}, {high:.3f}]   \
-(0.5: no better; the best policy at this KL: {best['win_rate']:.3f})
+(0.5: no better; best at this KL {best['win_rate']:.3f})
   true utility per reply           {r['reward']:+.2f}   \
 (reference {r['reward_ref']:+.2f}; best at this KL {best['reward']:+.2f}; perfect +3.50)
   KL(policy || reference)          {r['kl']:.2f} nats per reply
-  malformed replies                {r['malformed']:.1%}   (reference {r['malformed_ref']:.1%})
+  the right fix                    {r['right']:.0%}   (reference {r['right_ref']:.0%})
+  rude replies                     {r['rude']:.0%}   (reference {r['rude_ref']:.0%})
+  malformed replies                {r['malformed']:.0%}   (reference {r['malformed_ref']:.0%})
   utility of the greedy reply      {r['reward_greedy']:+.2f}   \
-(reference {r['reward_ref_greedy']:+.2f})"""
+(reference {r['reward_ref_greedy']:+.2f}; one reply to a prompt, so a noisy number)"""
 
 
 def report_files(result, policy, reference, tokenizer, prompts, config, seconds):

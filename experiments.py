@@ -1,11 +1,12 @@
 """The papers' claims as runs on a world whose optimum is known; every objective in one table.
 
-    python experiments.py              every claim and its last verdict: the README's table
+    python experiments.py              every claim and its last verdict
     python experiments.py NAME ...     run claims (`all`: every one); runs that are there stay
     python experiments.py --quick      one short seed of every arm: does it all work?
     python experiments.py methods      every objective, 3 seeds; --table: only print the table
     python experiments.py objectives   the table of papers and ideas
-    python experiments.py readme       paste all tables into both READMEs
+    python experiments.py hero         the first page's picture: the main job, seed 0
+    python experiments.py readme       paste all tables: docs/objectives.md, results/README.md
 
 A claim is a function below: its words, its source, its arms, its pictures, its checks. An arm is
 one command line of train.py; claims share arms, and results/runs.json has their numbers by seed.
@@ -38,10 +39,11 @@ import torch
 from tqdm import tqdm
 
 import recipes
+import train
 import world
 from objective import signature
-from plumbing import claim_plots, rundir, tables
-from plumbing.arms import COMMON, arm, run_arm, tuned
+from plumbing import claim_plots, plots, rundir, tables
+from plumbing.arms import COMMON, arm, on_the_way, run_arm, tuned
 from plumbing.claim_plots import curves, plane
 from plumbing.verdicts import (Runs, check, dpo_minimum, exact, first_gradients, judged, majority,
                                overall, spin_distances, table_of_replies)
@@ -554,8 +556,16 @@ def run_claims(args):
         say(name, judge(name, store, args.seeds, results / "claims", args.quick))
 
 
+def hero():
+    """results/main_job.png: the main job, looked at on its way."""
+    folder = Path("out/hero")
+    train.main(["--loss", "kto", "--eval_every", "20", "--out", str(folder), "--overwrite"])
+    found = json.loads((folder / "eval.json").read_text())
+    plots.plot_path(on_the_way(folder / "metrics.jsonl"), found, RESULTS / "main_job.png")
+
+
 def main(argv):
-    known = ("all", "methods", "objectives", "readme", *CLAIMS)
+    known = ("all", "methods", "objectives", "readme", "hero", *CLAIMS)
     parser = argparse.ArgumentParser(prog="experiments.py", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     flag = parser.add_argument
@@ -573,7 +583,9 @@ def main(argv):
     for name in ("seeds", "processes"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             raise SystemExit(f"--{name}: must be at least 1")
-    if "readme" in args.names:
+    if "hero" in args.names:
+        hero()
+    elif "readme" in args.names:
         tables.refresh(CLAIMS)
     elif "objectives" in args.names:
         print(tables.objectives())

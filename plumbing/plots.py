@@ -77,11 +77,57 @@ def plot_frontier(result, path, name="KTO"):
     picture.savefig(path, dpi=110)
 
 
-def draw_plane(ax, result, name):
-    """The reward-KL plane: the exact frontier, KTO's optima, the reference and the policy."""
+def plot_path(curve, result, path):
+    """The run's way step by step under the exact frontier, and what changed in its replies.
+
+    curve: [{"step", "kl", "reward"}, ...], measured on the way; result: of `evaluate_world`.
+    """
+    picture, (plane, bars) = figure(2, 5.6, 4.2)
+    draw_frontier(plane)
+    kl = [0, *(point["kl"] for point in curve)]
+    reward = [result["reward_ref"], *(point["reward"] for point in curve)]
+    plane.plot(kl, reward, color=BLUE, lw=1, alpha=0.5)
+    plane.scatter(kl[1:], reward[1:], c=[point["step"] for point in curve], cmap="Blues", s=36,
+                  vmin=-200, edgecolors=BLUE, linewidths=0.5, zorder=3)
+    plane.scatter([0], [result["reward_ref"]], color=ORANGE, s=50, zorder=3)
+    plane.annotate("reference", (0, result["reward_ref"]), (8, -4), textcoords="offset points",
+                   va="top")
+    for point in (curve[0], curve[-1]):
+        plane.annotate(f"step {point['step']}", (point["kl"], point["reward"]), (9, -3),
+                       textcoords="offset points", va="top")
+    plane.set_title("what each step of KTO buys", fontsize=11)
+    plane.set_xlim(-0.1, 2.4)
+    names = {"right": "the right fix", "rude": "rude", "malformed": "malformed"}
+    for place, key in enumerate(names):
+        for shift, kind, colour in ((-0.18, "_ref", ORANGE), (0.18, "", BLUE)):
+            share = result[key + kind]
+            bars.barh(place + shift, share, 0.34, color=colour)
+            bars.annotate(f" {share:.0%}", (share, place + shift), va="center")
+    bars.barh(0, 0, color=ORANGE, label="reference")
+    bars.barh(0, 0, color=BLUE, label="after KTO")
+    bars.set_yticks(range(len(names)), names.values())
+    bars.invert_yaxis()
+    bars.set_xlim(0, 1)
+    bars.xaxis.set_major_formatter("{x:.0%}")
+    bars.set_title(f"its replies to unseen questions: win rate {result['win_rate']:.2f}",
+                   fontsize=11)
+    bars.legend(frameon=False, loc="lower right")
+    picture.savefig(path, dpi=130)
+
+
+def draw_frontier(ax):
+    """The most utility that a KL can buy."""
     points = [world.optimum(float(beta)) for beta in np.geomspace(60, 0.08, 60)]
     ax.plot([p.kl for p in points], [p.utility for p in points], color=GREY, lw=2,
             label="exact frontier: best possible at this KL")
+    ax.set_xlabel("KL(policy || reference), nats per reply")
+    ax.set_ylabel("true utility per reply")
+    ax.legend(frameon=False, loc="best", fontsize=9)
+
+
+def draw_plane(ax, result, name):
+    """The reward-KL plane: the exact frontier, KTO's optima, the reference and the policy."""
+    draw_frontier(ax)
     optima = [world.kto_optimum(beta) for beta in (0.1, 0.5, 1.0, 2.0)]
     ax.scatter([p.kl for p in optima], [p.utility for p in optima], marker="D", s=22, color=GREEN,
                label="KTO's own optimum, beta 0.1 to 2")
@@ -92,8 +138,6 @@ def draw_plane(ax, result, name):
     error = [[max(0, reward - low)], [max(0, high - reward)]]
     ax.errorbar([kl], [reward], yerr=error, fmt="o", color=BLUE, ms=8, capsize=4, zorder=3,
                 label=f"{name} policy (measured, 95 %)")
-    ax.set_xlabel("KL(policy || reference), nats per reply")
-    ax.set_ylabel("true utility per reply")
     ax.set_title("what the KL has bought", fontsize=11)
     ax.set_xlim(-0.15, max(4.6, kl * 1.1))
     ax.legend(frameon=False, loc="best", fontsize=9)

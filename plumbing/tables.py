@@ -1,4 +1,4 @@
-"""The README's tables of objectives: their papers and ideas, and what they reach on the world."""
+"""Tables of objectives and claims: docs/objectives.md and results/README.md have them."""
 
 import inspect
 import itertools
@@ -21,18 +21,20 @@ NAMES = list(dict.fromkeys([*recipes.LOSSES, *recipes.RECIPES]))
 
 
 def refresh(every_claim):
-    """Paste the tables into both READMEs."""
-    tables = (claims(every_claim), methods(), objectives())
-    starts = {table[:table.index("\n")]: table for table in tables}
+    """Paste the tables into the pages that have them."""
+    paste(objectives(), ROOT / "docs" / "objectives.md")
+    paste(claims(every_claim), ROOT / "results" / "README.md")
+    paste(methods(), ROOT / "results" / "README.md")
 
-    def fresh(old):
-        head = old[0][:old[0].index("\n")]
-        return starts.get(head, old[0].rstrip("\n")) + "\n"
 
-    for name in ("README.md", "README.zh.md"):
-        text = (ROOT / name).read_text(encoding="utf-8")
-        text = re.sub(r"(?:^\|.*\n)+", fresh, text, flags=re.MULTILINE)
-        (ROOT / name).write_text(text, encoding="utf-8")
+def paste(table, page):
+    """In place of the page's table with the same first line."""
+    text = page.read_text(encoding="utf-8")
+    head = re.escape(table.splitlines()[0])
+    pattern = rf"^{head}\n(?:\|.*\n)+"
+    assert re.search(pattern, text, re.MULTILINE), f"{page} has no table {table.splitlines()[0]}"
+    page.write_text(re.sub(pattern, lambda _: table + "\n", text, flags=re.MULTILINE),
+                    encoding="utf-8")
 
 
 def markdown(head, rows):
@@ -50,7 +52,7 @@ def objectives():
     for name in NAMES:
         recipe = recipes.find(name)
         link, paper, idea = source_of(name, recipe)
-        rows.append((f"[`{name}`]({link})", paper, reference_of(recipe), data_of(recipe), idea))
+        rows.append((f"[`{name}`](../{link})", paper, reference_of(recipe), data_of(recipe), idea))
     return markdown(("`--loss`, its equation", "paper", "reference", "data", "idea"), rows)
 
 
@@ -169,7 +171,7 @@ def claims(every):
         found = json.loads(path.read_text())
         compared = [f"{check['says']}: {number(check)}" for check in found["checks"]]
         rows.append((claim.says, claim.source, f"**{found['verdict']}**", "; ".join(compared),
-                     f"[`{name}`](results/claims/{name}.png)", f"{found['cpu_seconds']:,}"))
+                     f"[`{name}`](claims/{name}.png)", f"{found['cpu_seconds']:,}"))
     head = ["claim", "source", "verdict", "what was compared: mean difference [95 %]",
             "`experiments.py`", "CPU s"]
     return markdown(head, rows)

@@ -132,9 +132,11 @@ def test_what_a_step_costs_has_a_floor_for_a_single_pair_too():
     assert 6 * trunk * 0.7 < flops < 6 * (trunk + 512 * 128)     # the shared prompt counts once
 
 
-def test_the_readmes_cases_are_cases_and_a_misspelt_one_is_one_line(tmp_path):
-    readme = (bench.RESULTS.parent / "README.md").read_text()
-    for command in re.findall(r"`python bench.py ([^`]*)`", readme):
+def test_the_pages_cases_are_cases_and_a_misspelt_one_is_one_line(tmp_path):
+    page = (bench.RESULTS.parent / "docs" / "speed.md").read_text()
+    commands = re.findall(r"^python bench.py (.*)$", page, re.MULTILINE)
+    assert commands
+    for command in commands:
         for name in command.split("--")[0].split():
             assert name == "scaling" or bench.case_named(name), name
     case = bench.case_named("kto-512-256-8b-bf16-lora-compile")

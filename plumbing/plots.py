@@ -92,9 +92,9 @@ def plot_path(curve, result, path):
     plane.scatter([0], [result["reward_ref"]], color=ORANGE, s=50, zorder=3)
     plane.annotate("reference", (0, result["reward_ref"]), (8, -4), textcoords="offset points",
                    va="top")
-    for point in (curve[0], curve[-1]):
-        plane.annotate(f"step {point['step']}", (point["kl"], point["reward"]), (9, -3),
-                       textcoords="offset points", va="top")
+    for point, shift in ((curve[0], (9, -3)), (curve[-1], (30, -30))):
+        plane.annotate(f"step {point['step']}", (point["kl"], point["reward"]), shift,
+                       textcoords="offset points", va="top", arrowprops={"arrowstyle": "-"})
     plane.set_title("what each step of KTO buys", fontsize=11)
     plane.set_xlim(-0.1, 2.4)
     names = {"right": "the right fix", "rude": "rude", "malformed": "malformed"}

@@ -3,11 +3,13 @@
     1  imitate; compare with a reference    sft, dpo
     2  some labels are wrong                cdpo, rdpo
     3  another curve on the same margin     ipo, ipo_avg, ipo_bernoulli, hinge, exo, discopop
-    4  each response against an anchor      dpop, nca, bco_pair, apo_zero, apo_down, sppo, sppo_hard
-    5  another distance from the reference  fdpo, tdpo1, tdpo2
+    4  each response against an anchor      dpop, dpo_shift, nca, bco_pair, apo_zero, apo_down
+       a fixed target for each              sppo, sppo_hard, cal_dpo
+    5  another distance from the reference  fdpo, chipo, tdpo1, tdpo2
     6  pairs that do not count alike        odpo, wpo, beta_dpo
     7  length, and no reference at all      sigmoid_norm, slic, cpo, orpo, simpo, alphapo
     8  a batch as two distributions         aot, aot_unpaired
+    9  the policy writes the pair itself    rebel, xpo
 `LOSSES` at the end lists them in this order.
 
 Notation. log is natural; every tensor is (B,), one entry per pair, unless said.
@@ -186,6 +188,22 @@ def dpop_loss(chosen_logratios, rejected_logratios, *, beta=0.3, lam=50.0):
     return -F.logsigmoid(beta * (chosen_logratios - rejected_logratios - penalty))
 
 
+def dpo_shift_loss(chosen_logratios, rejected_logratios, *, beta=0.1, lam=0.75):
+    """-log sigma(beta (c - lam r)).   (B,)
+
+    Paper: Yang et al. 2025, DPO-Shift, arXiv 2502.07599
+    Idea: weigh the rejected response less, so that pushing it down cannot replace raising c.
+    Checked against the authors' code, where lam is dpo_lambda (0.7 in one of their recipes) and may
+    also move in a line from 0.5 to 1. lam = 1 is DPO, and lam in (0, 1]. The slope on r is lam
+    times the one on c.
+    Trap: raising BOTH responses by t nats now gains beta (1 - lam) t. So there is no Bradley-Terry
+    optimum, and the words that both share are imitated, good or bad.
+    """
+    check(beta=beta, lam=lam)
+    require(0 < lam <= 1, "lam", "in (0, 1]", lam)
+    return -F.logsigmoid(beta * (chosen_logratios - lam * rejected_logratios))
+
+
 def nca_loss(chosen_logratios, rejected_logratios, *, beta=0.01):
     """-log sigma(beta c) - 1/2 log sigma(-beta c) - 1/2 log sigma(-beta r).   (B,)
 
@@ -266,6 +284,22 @@ def sppo_hard_loss(chosen_logratios, rejected_logratios, *, beta=1e-3):
     return (chosen_logratios - target) ** 2 + (rejected_logratios + target) ** 2
 
 
+def cal_dpo_loss(chosen_logratios, rejected_logratios, *, beta=0.1):
+    """-log sigma(c - r) + (c - 1 / (2 beta))^2 + (r + 1 / (2 beta))^2.   (B,)
+
+    Paper: Xiao et al. 2024, Cal-DPO: Calibrated Direct Preference Optimization, arXiv 2412.14516
+    Idea: DPO fixes only the difference of the two rewards; here each one has a target of its own.
+    It is sppo_hard plus DPO at beta = 1: the first term has NO beta in it. Checked against the two
+    codes of the authors: the one for Pythia is this, the one for Zephyr halves the squares.
+    Trap: the squares rule. With the default beta they ask for +-5 nats, and at policy = reference
+    their slope is 20 times the DPO term's. The optimum, c = -r = 1 / (2 beta) + sigma(-2 c) / 2,
+    lies hardly beyond SPPO's.
+    """
+    check(beta=beta)
+    ranking = -F.logsigmoid(chosen_logratios - rejected_logratios)
+    return ranking + sppo_hard_loss(chosen_logratios, rejected_logratios, beta=beta)
+
+
 # --- 5. another distance from the reference -------------------------------------------------------
 
 def fdpo_loss(chosen_logratios, rejected_logratios, *, beta=0.1, divergence="js", alpha=0.5):
@@ -295,6 +329,26 @@ def fdpo_loss(chosen_logratios, rejected_logratios, *, beta=0.1, divergence="js"
     else:
         require(False, "divergence", "reverse_kl, js, forward_kl or alpha", repr(divergence))
     return -F.logsigmoid(beta * gap)
+
+
+def chipo_loss(chosen_logratios, rejected_logratios, *, beta=0.05, clip=10.0):
+    """-log sigma(clip(beta (phi(c) - phi(r)), -R, R)), phi(t) = e^t + t, R = `clip`.   (B,)
+
+    Paper: Huang et al. 2024, Chi-Squared Preference Optimization, arXiv 2407.13399
+    Idea: the reward grows with the RATIO pi / pi_ref itself, so far from the data a nat is dear.
+    In the ratio z the paper's phi is z + log z: the leash is KL plus chi-squared. The optimum is
+    pi_ref W(e^((u - const) / beta)), W(x) e^W(x) = x: ratios grow like u / beta, not like its exp.
+    What is clipped is the DIFFERENCE of the rewards, to R = 2 R_max (Algorithm 1, secondary: from
+    memory and one reading note; one public code clips each reward instead). beta is the larger of
+    the paper's two (secondary), R our choice; clip = inf switches it off.
+    Trap: beyond R the slope is exactly 0, so a pair that is wrong by more is never mended. And e^t
+    is of a whole response: log-ratios of 10 nats, common in long ones, are beyond R at once.
+    """
+    check(beta=beta, clip=clip)
+    c = chosen_logratios
+    r = rejected_logratios
+    gap = power_gap(c, r, -1.0) + (c - r)                        # e^c - e^r + c - r
+    return -F.logsigmoid((beta * gap).clamp(-clip, clip))
 
 
 def tdpo1_loss(chosen_logratios, rejected_logratios, chosen_kl, rejected_kl, *, beta=0.1):
@@ -482,6 +536,41 @@ def aot_unpaired_loss(chosen_logratios, rejected_logratios, *, beta=0.01, label_
 aot_unpaired_loss.needs_whole_batch = True
 
 
+# --- 9. the policy writes the pair itself ---------------------------------------------------------
+
+def rebel_loss(chosen_logps, rejected_logps, old_chosen_logps, old_rejected_logps, score_gap,
+               *, eta=1.0):
+    """(d / eta - score_gap)^2, d = (lw - lw_old) - (ll - ll_old).   (B,)
+
+    Paper: Gao et al. 2024, REBEL: Regressing Relative Rewards, arXiv 2404.16767
+    Idea: a policy gradient as least squares: log-ratios to the last policy must match rewards.
+    lw_old, ll_old: log-probs under the policy that wrote the pair; of a file's pairs, under the
+    reference. The optimum is pi_old e^(eta u) / Z, one step of natural policy gradient.
+    Checked against the authors' code: it has (d - eta score_gap)^2, which is eta^2 times this, with
+    eta = 1 (1e6 for one data set). A tie (gap 0) is no error: it says "stay as far apart as you
+    were". Trap: nothing but eta holds the policy near pi_old, and nothing at all near the
+    reference. Put a KL penalty into the reward if that matters.
+    """
+    check(eta=eta)
+    moved = (chosen_logps - old_chosen_logps.detach()) - (rejected_logps
+                                                          - old_rejected_logps.detach())
+    return (moved / eta - score_gap.detach().type_as(moved)) ** 2
+
+
+def xpo_loss(chosen_logratios, rejected_logratios, target_logps, *, beta=0.1, alpha=1e-5):
+    """-log sigma(beta h) + alpha log pi(y_ref | x), y_ref a sample of the reference.   (B,)
+
+    Paper: Xie et al. 2024, Exploratory Preference Optimization (XPO), arXiv 2405.21046
+    Idea: online DPO with a bonus for leaving what the reference would say: explore.
+    On average over y_ref the second term is -alpha KL(pi_ref || pi), up to a constant. Its sign is
+    PLUS. Checked against TRL's code; an early draft of that had a minus, which is SLiC's imitation.
+    alpha = 1e-5 is TRL's, and alpha = 0 is DPO.
+    Trap: log pi has no floor, so a large alpha un-teaches the language.
+    """
+    check(beta=beta, alpha=alpha)
+    return dpo_loss(chosen_logratios, rejected_logratios, beta=beta) + alpha * target_logps
+
+
 # --- numerics and checks --------------------------------------------------------------------------
 
 def log_max(x):
@@ -527,9 +616,9 @@ def check(**hyper):
     for name, value in hyper.items():
         if name == "label_smoothing":
             require(0 <= value < 0.5, name, "in [0, 0.5)", value)
-        elif name == "clamp":
+        elif name in ("clip", "clamp"):
             require(value > 0, name, "> 0", value)           # inf switches it off
-        elif name in ("beta", "tau"):
+        elif name in ("beta", "tau", "eta"):
             require(0 < value < float("inf"), name, "> 0", value)
         else:
             require(0 <= value < float("inf"), name, ">= 0", value)
@@ -545,12 +634,13 @@ LOSSES = {
     "cdpo": cdpo_loss, "rdpo": rdpo_loss,
     "ipo": ipo_loss, "ipo_avg": ipo_avg_loss, "ipo_bernoulli": ipo_bernoulli_loss,
     "hinge": hinge_loss, "exo": exo_loss, "discopop": discopop_loss,
-    "dpop": dpop_loss, "nca": nca_loss, "bco_pair": bco_pair_loss,
+    "dpop": dpop_loss, "dpo_shift": dpo_shift_loss, "nca": nca_loss, "bco_pair": bco_pair_loss,
     "apo_zero": apo_zero_loss, "apo_down": apo_down_loss,
-    "sppo": sppo_loss, "sppo_hard": sppo_hard_loss,
-    "fdpo": fdpo_loss, "tdpo1": tdpo1_loss, "tdpo2": tdpo2_loss,
+    "sppo": sppo_loss, "sppo_hard": sppo_hard_loss, "cal_dpo": cal_dpo_loss,
+    "fdpo": fdpo_loss, "chipo": chipo_loss, "tdpo1": tdpo1_loss, "tdpo2": tdpo2_loss,
     "odpo": odpo_loss, "wpo": wpo_loss, "beta_dpo": beta_dpo_loss,
     "sigmoid_norm": sigmoid_norm_loss, "slic": slic_loss, "cpo": cpo_loss,
     "orpo": orpo_loss, "simpo": simpo_loss, "alphapo": alphapo_loss,
     "aot": aot_loss, "aot_unpaired": aot_unpaired_loss,
+    "rebel": rebel_loss, "xpo": xpo_loss,
 }

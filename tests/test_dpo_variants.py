@@ -38,7 +38,8 @@ CYCLES = {                                       # the other columns, repeated t
     "chosen_win_prob": [1.0, 0.6, 0.5, 0.2], "rejected_win_prob": [0.0, 0.4, 0.5]}
 SCALARS = {"margin_mean": 0.5, "batch_margin_mean": 2.0, "reward_shift": -0.75}
 CONSTANT = {"score_gap", "chosen_weight", "rejected_weight", "chosen_win_prob", "rejected_win_prob",
-            "ref_chosen_logps", "ref_rejected_logps", *SCALARS}                  # never a gradient
+            "ref_chosen_logps", "ref_rejected_logps", "old_chosen_logps", "old_rejected_logps",
+            *SCALARS}                  # never a gradient
 
 
 def table(name, pairs, **scalars):
@@ -53,7 +54,7 @@ def table(name, pairs, **scalars):
             columns[want] = list(itertools.islice(itertools.cycle(CYCLES[want]), len(pairs)))
         elif want.endswith("_logratios"):
             columns[want] = [pair[side] for pair in pairs]
-        elif want.startswith("ref_"):            # the reference holds each response for the other
+        elif want.startswith(("ref_", "old_")):  # there each response is as likely as the other
             columns[want] = [pair["chosen" in want] for pair in pairs]
         else:
             columns[want] = [pair[side] for pair in pairs]
@@ -123,6 +124,11 @@ def f_prime(log_u, divergence, alpha):
     return (1 - u ** -alpha) / alpha
 
 
+def phi(log_u):
+    u = mp.exp(log_u)
+    return u + mp.log(u)
+
+
 def alpha_reward(a, alpha, beta):
     return beta * (1 - mp.exp(a) ** -alpha) / alpha
 
@@ -144,13 +150,16 @@ ORACLES = {   # measured columns in the order of the signature, then settings: b
     "discopop": lambda c, r, b, tau: (L(b * (c - r)) * sigma(-b * (c - r) / tau)
                                       + mp.exp(-b * (c - r)) * sigma(b * (c - r) / tau)),
     "dpop": lambda c, r, b, lam: L(b * (c - r - lam * relu(-c))),
+    "dpo_shift": lambda c, r, b, lam: L(b * (c - lam * r)),
     "nca": lambda c, r, b: L(b * c) + L(-b * c) / 2 + L(-b * r) / 2,
     "bco_pair": lambda c, r, delta, b: L(b * c - delta) + L(delta - b * r),
     "apo_zero": lambda c, r, b: 1 - sigma(b * c) + sigma(b * r),
     "apo_down": lambda c, r, b: sigma(b * c) + 1 - sigma(b * (c - r)),
     "sppo": lambda c, r, pw, pl, b: (c - (pw - 0.5) / b) ** 2 + (r - (pl - 0.5) / b) ** 2,
     "sppo_hard": lambda c, r, b: (c - 1 / (2 * b)) ** 2 + (r + 1 / (2 * b)) ** 2,
+    "cal_dpo": lambda c, r, b: (L(c - r) + (c - 1 / (2 * b)) ** 2 + (r + 1 / (2 * b)) ** 2),
     "fdpo": lambda c, r, b, f, alpha: L(b * (f_prime(c, f, alpha) - f_prime(r, f, alpha))),
+    "chipo": lambda c, r, b, R: L(min(R, max(-R, b * (phi(c) - phi(r))))),
     "tdpo1": lambda c, r, dw, dl, b: L(b * (c - r - (dl - dw))),
     "tdpo2": lambda c, r, dw, dl, b, alpha: L(b * (c - r - alpha * (dl - dw))),
     "odpo": lambda c, r, gap, b, alpha: L(b * (c - r) - alpha * mp.log(gap)),
@@ -163,6 +172,8 @@ ORACLES = {   # measured columns in the order of the signature, then settings: b
     "simpo": lambda lw, ll, nw, nl, b, gamma: L(b * (lw / nw - ll / nl) - gamma),
     "alphapo": lambda lw, ll, nw, nl, alpha, b, gamma: L(
         alpha_reward(lw / nw, alpha, b) - alpha_reward(ll / nl, alpha, b) - gamma),
+    "rebel": lambda lw, ll, ow, ol, gap, eta: ((lw - ow - (ll - ol)) / eta - gap) ** 2,
+    "xpo": lambda c, r, lt, b, alpha: L(b * (c - r)) + alpha * lt,
 }
 OTHER = {     # what to try besides the defaults; a loss with a beta is tried at beta = 1 too
     "cdpo": [dict(beta=0.5, label_smoothing=0.25), dict(label_smoothing=0.0)],
@@ -170,7 +181,9 @@ OTHER = {     # what to try besides the defaults; a loss with a beta is tried at
     "ipo": [dict(tau=1.0)], "ipo_avg": [dict(tau=0.7)], "ipo_bernoulli": [dict(tau=0.7)],
     "discopop": [dict(beta=1.0, tau=0.5)], "dpop": [dict(beta=0.5, lam=5.0)],
     "bco_pair": [dict(reward_shift=2.0)], "tdpo2": [dict(alpha=2.0)], "odpo": [dict(alpha=0.5)],
-    "wpo": [dict(clamp=INF)], "slic": [dict(delta=10.0, lam=1.0)], "cpo": [dict(nll_weight=0.25)],
+    "wpo": [dict(clamp=INF)], "dpo_shift": [dict(lam=0.5, beta=0.5)],
+    "chipo": [dict(clip=INF), dict(clip=2.0, beta=0.5)], "rebel": [dict(eta=0.25)],
+    "xpo": [dict(alpha=0.5)], "slic": [dict(delta=10.0, lam=1.0)], "cpo": [dict(nll_weight=0.25)],
     "fdpo": [dict(divergence="reverse_kl"), dict(divergence="forward_kl"),
              dict(divergence="alpha", alpha=0.25)],
     "beta_dpo": [dict(margin_mean=5.0, batch_margin_mean=-20.0), dict(a=0.0)],
@@ -207,7 +220,7 @@ def exact(x):
 
 
 def test_each_loss_but_aot_has_an_oracle():
-    assert [*ORACLES, "aot", "aot_unpaired"] == list(LOSSES)
+    assert {*ORACLES, "aot", "aot_unpaired"} == set(LOSSES)
 
 
 @pytest.mark.parametrize("name", ORACLES)
@@ -348,6 +361,8 @@ def test_a_variant_with_its_idea_switched_off_is_dpo():
     same(V.odpo(C, R, torch.ones(100), beta=0.1), dpo)                           # log 1 = 0
     same(V.beta_dpo(C, R, scalar(3.0), scalar(-7.0), a=0.0), dpo)
     same(V.beta_dpo(C, R, scalar(3.0), scalar(3.0)), dpo)                        # an average batch
+    same(V.dpo_shift(C, R, lam=1.0), dpo)
+    same(V.xpo(C, R, NUMBERS, alpha=0.0), dpo)
     same(V.wpo(C, R, torch.ones(100), torch.ones(100), beta=0.1), dpo)
     same(V.tdpo1(C, R, ZERO, ZERO), dpo)
     same(V.tdpo2(C, R, NUMBERS, NUMBERS.flip(0), alpha=0.0), dpo)
@@ -424,7 +439,8 @@ def test_the_first_step_of_apo_down_and_of_discopop_is_as_their_docstrings_say()
 
 # --- hyper-parameters without meaning -------------------------------------------------------------
 
-BAD = {"beta": [0.0, -0.1, NAN, INF], "tau": [0.0], "label_smoothing": [-0.01, 0.5, NAN],
+BAD = {"beta": [0.0, -0.1, NAN, INF], "tau": [0.0], "eta": [0.0, INF], "clip": [0.0, NAN],
+       "label_smoothing": [-0.01, 0.5, NAN],
        "lam": [-0.5], "delta": [-0.5], "nll_weight": [-0.5], "a": [-0.5], "clamp": [0.0, NAN],
        "divergence": ["kl"]}
 
@@ -433,7 +449,8 @@ def test_a_setting_without_meaning_is_one_line_that_names_it():
     cases = [(name, {setting: bad}) for name in LOSSES for setting in signature(name)[1]
              for bad in BAD.get(setting, [])]
     cases += [("exo", {"label_smoothing": 0.0}), ("odpo", {"alpha": -1.0}),
-              ("tdpo2", {"alpha": -1.0}), ("fdpo", {"divergence": "alpha", "alpha": 1.5})]
+              ("tdpo2", {"alpha": -1.0}), ("dpo_shift", {"lam": 0.0}), ("dpo_shift", {"lam": 1.5}),
+              ("fdpo", {"divergence": "alpha", "alpha": 1.5})]
     for name, how in cases:
         setting, bad = list(how.items())[-1]
         with pytest.raises(ValueError, match=f"^{setting} .*{bad}'?$"):
@@ -494,6 +511,56 @@ def test_ipos_minimiser_is_the_reference_times_exp_of_the_win_rate_over_tau():
     torch.testing.assert_close(found, (ref + (p @ mu) / 0.25).log_softmax(0), **CLOSE)
 
 
+def test_chipos_minimiser_has_its_reward_beta_phi_equal_to_the_utility_up_to_a_constant():
+    ref, mu, u, p = world(seed=3)
+    for beta in (0.3, 1.0):
+        found = optimum(lambda c, r: V.chipo(c, r, beta=beta, clip=INF), ref, pairs_of(mu, p))
+        c = found - ref
+        beyond = beta * (c.exp() + c) - u                        # so c.exp() is Lambert's W
+        torch.testing.assert_close(beyond, beyond.mean().expand(6), **CLOSE)
+        dpo = (ref + u / beta).log_softmax(0)
+        assert (c.exp() * c.exp() * ref.exp()).sum() < ((dpo - ref).exp() * dpo.exp()).sum()
+
+
+def test_rebels_minimiser_is_one_step_of_natural_policy_gradient_from_the_old_policy():
+    old, mu, u, p = world(seed=5)
+    gaps = (u[:, None] - u[None, :]).flatten()
+    zero = torch.zeros(36, dtype=f64)
+    for eta in (0.5, 2.0):
+        found = optimum(lambda c, r: V.rebel(c, r, zero, zero, gaps, eta=eta), old, pairs_of(mu, p))
+        torch.testing.assert_close(found, (old + eta * u).log_softmax(0), **CLOSE)
+
+
+def test_cal_dpos_minimiser_on_a_certain_pair_lies_just_beyond_sppos():
+    zero = torch.zeros(2, dtype=f64)
+    for beta in (0.1, 1.0):
+        c, r = minimise(lambda x: V.cal_dpo(x[:1], x[1:], beta=beta).sum(), zero).tolist()
+        assert c == pytest.approx(-r) == pytest.approx(
+            1 / (2 * beta) + 0.5 / (1 + math.exp(2 * c)), abs=1e-6)
+
+
+def test_xpos_bonus_is_the_kl_from_the_reference_in_value_and_gradient():
+    ref, _, _, _ = world(seed=6)
+    x = (0.3 * ref.flip(0)).requires_grad_()
+    policy = x.log_softmax(0)
+    bonus = V.xpo(ZERO[:6], ZERO[:6], policy, alpha=0.7) - V.dpo(ZERO[:6], ZERO[:6])
+    by_sampling = (ref.exp() * bonus).sum()
+    kl = (ref.exp() * (ref - policy)).sum()
+    entropy = -(ref.exp() * ref).sum()
+    torch.testing.assert_close(by_sampling, -0.7 * (kl + entropy), rtol=1e-14, atol=0)
+    for a, b in zip(torch.autograd.grad(by_sampling, x, retain_graph=True),
+                    torch.autograd.grad(-0.7 * kl, x)):
+        torch.testing.assert_close(a, b, rtol=1e-13, atol=1e-16)
+
+
+def test_chipo_gives_up_a_pair_beyond_its_clip_and_clips_the_difference_not_each_reward():
+    c, r = torch.tensor([[0.0, 6.0], [6.0, 6.0]], dtype=f64).requires_grad_()
+    out = V.chipo(c, r, beta=0.05, clip=10.0)
+    assert out.tolist() == pytest.approx([math.log1p(math.exp(10)), math.log(2)])
+    slopes, = torch.autograd.grad(out.sum(), c)
+    assert slopes.tolist() == pytest.approx([0, -0.05 * (math.exp(6) + 1) / 2])
+
+
 def test_a_spin_step_moves_the_opponent_by_one_over_lambda_towards_the_data():
     opponent, data, _, _ = world(seed=4)
     weights = data[:, None] * opponent.exp()[None, :]            # the data wins, always
@@ -513,7 +580,7 @@ def test_exos_and_cdpos_minimiser_on_a_certain_pair_is_the_logit_of_the_label():
 # --- the contract ---------------------------------------------------------------------------------
 
 def test_losses_is_the_table_of_contents_in_the_order_of_the_header():
-    listed = re.findall(r"^    \d  .*?  +(\w+(?:, \w+)*)$", dpo_variants.__doc__, re.M)
+    listed = re.findall(r"^    [\d ]  .*?  +(\w+(?:, \w+)*)$", dpo_variants.__doc__, re.M)
     assert ", ".join(listed).split(", ") == list(LOSSES)
     assert all(loss.__name__ == name + "_loss" for name, loss in LOSSES.items())
 
@@ -531,6 +598,8 @@ def test_the_defaults_are_the_papers():
     """By the name of the setting; what a loss has of its own stands below it."""
     usual = {"beta": 0.1, "label_smoothing": 0.1, "tau": 0.1, "alpha": 0.5}
     own = {"hinge": {"beta": 0.05}, "slic": {"delta": 1.0, "lam": 0.1}, "nca": {"beta": 0.01},
+           "dpo_shift": {"lam": 0.75}, "chipo": {"beta": 0.05, "clip": 10.0},
+           "rebel": {"eta": 1.0}, "xpo": {"alpha": 1e-5},
            "dpop": {"beta": 0.3, "lam": 50.0}, "odpo": {"beta": 0.5, "alpha": 1.0},
            "orpo": {"lam": 0.1}, "simpo": {"beta": 2.0, "gamma": 0.5}, "cpo": {"nll_weight": 1.0},
            "alphapo": {"alpha": 0.25, "beta": 2.5, "gamma": 0.1}, "sigmoid_norm": {"beta": 5.0},

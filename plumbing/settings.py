@@ -84,8 +84,11 @@ class Config:
 FIELDS = {f.name: f for f in fields(Config)}
 MAY_CHANGE = {name for name, f in FIELDS.items() if f.metadata["may_change"]}
 OF_FILES = ("eval_data", "threshold", "columns", "tokenizer", "turns", "add_eot")
+# Of the losses' and recipes' own flags. What else there is to say, a loss says itself.
 LEAST = {"stages": 1, "ref_every": 1, "lambda_d": 0, "lambda_u": 0, "z0": 0, "ppo_epochs": 1,
-         "minibatches": 1}                                   # of the losses' and recipes' own flags
+         "minibatches": 1, "kl_coef": 0, "vf_coef": 0, "centre": 0, "target_kl": 0}
+POSITIVE = ("beta", "tau", "eta", "clip", "clip_value", "clamp")
+NO_LIMIT = ("clip", "clip_value", "clamp")                   # inf switches these off
 WORDS = {"z0": ("estimate", "zero", "on_policy"), "lambda_d": ("auto",), "lambda_u": ("auto",),
          "slic_target": ("sample", "chosen", "data")}
 NUMBER_TOO = ("z0", "lambda_d", "lambda_u")                  # a number will do as well
@@ -236,7 +239,8 @@ def reader(key, default):
             value = kind(text)
         except ValueError:
             raise argparse.ArgumentTypeError(f"{text!r}: valid are {valid}") from None
-        if not math.isfinite(value) and (key, value) != ("clamp", math.inf):     # WPO: no clamp
+        switched_off = value == math.inf and key in NO_LIMIT
+        if not math.isfinite(value) and not switched_off:
             raise argparse.ArgumentTypeError(f"{text!r} is not a finite number")
         return value
     return read
@@ -247,12 +251,14 @@ def reader(key, default):
 def check(settings, typed):
     config, own = settings.config, settings.hyper | settings.options
     for key, value in (asdict(config) | own).items():
-        about = FIELDS[key].metadata if key in FIELDS else {"least": LEAST.get(key)}
+        about = {"least": LEAST.get(key), "positive": key in POSITIVE}
+        if key in FIELDS:
+            about = FIELDS[key].metadata
         if not isinstance(value, (int, float)):
             continue
         if about["least"] is not None and value < about["least"]:
             raise SystemExit(f"--{key} {value}: must be at least {about['least']}")
-        if about.get("positive") and value <= 0:
+        if about["positive"] and value <= 0:
             raise SystemExit(f"--{key} {value}: must be positive")
     if "steps" in typed and not config.steps:
         raise SystemExit("--steps 0: must be at least 1")
@@ -293,7 +299,7 @@ def clashes_of_models(settings):
     processes = int(os.environ.get("WORLD_SIZE", 1))
     wants = recipe.wants
     samples = (own.get("z0") == "on_policy" or own.get("slic_target") == "sample"
-               or recipe.stage_units is recipes.self_play
+               or recipe.stage_units in (recipes.self_play, recipes.sampled_target)
                or recipe.learner is not recipes.language_model)
     yield config.lora and not config.model, "--lora: is for Hugging Face models; give --model"
     yield config.lora and "ref_mix" in own, "--lora: tr_dpo moves all weights of its reference"
@@ -319,9 +325,6 @@ def try_the_loss(settings):
     example = {name: torch.ones(1, dtype=torch.float64) for name in MEASURED}
     example |= {name: torch.ones(1, dtype=torch.bool) for name in ("desirable", "preferred")}
     hyper = {key: 1.0 if value == "auto" else value for key, value in settings.hyper.items()}
-    for key in ("beta", "tau"):
-        if hyper.get(key) is not None and hyper[key] <= 0:
-            raise SystemExit(f"--{key} {hyper[key]}: must be positive")
     try:
         settings.recipe.loss(**{name: example[name] for name in settings.recipe.wants}, **hyper)
     except ValueError as e:

@@ -98,6 +98,7 @@ def log_ratio(part, row):
 
 
 @measured("chosen_len", "rejected_len")
+@measured("lengths")
 def response_length(part, row):
     """Response tokens that count, end-of-text included.   (b,)"""
     return part.column(unit[row].length for unit in part.units)

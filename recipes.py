@@ -45,7 +45,7 @@ def units_for_loss(units, run):
         units = good_ones(units, run)
     if "preferred" in wants:                                 # files put the preferred one first
         units = in_random_order(units, run.config.seed)
-    if "target_logps" not in wants:                          # a target is SLiC's alone
+    if "target_logps" not in wants:                          # a target is SLiC's and XPO's alone
         units = [unit[:2] for unit in units]
     for name, column in (("score_gap", "score"), ("chosen_win_prob", "win_prob")):
         if name in wants:
@@ -135,10 +135,15 @@ def with_target(run, units, stage):
     if source == "chosen":
         return [(*unit[:2], unit[0]) for unit in units]
     if source == "sample":
-        said = sampled_once(run, units, run.out / "targets.json", run.load_reference(),
-                            desirable=True)
-        return [(*unit[:2], row) for unit, row in zip(units, said)]
+        return sampled_target(run, units, stage)
     return units
+
+
+def sampled_target(run, units, stage):
+    """XPO's third response: sampled from the reference."""
+    said = sampled_once(run, units, run.out / "targets.json", run.load_reference(),
+                        desirable=True)
+    return [(*unit[:2], row) for unit, row in zip(units, said)]
 
 
 def own_answers(run, policy, units, seed, desirable=None):
@@ -250,6 +255,14 @@ def token_nll_loss(logps):
     return -logps
 
 
+def good_nll_loss(logps, lengths, desirable):
+    """-log pi(y|x) / n where desirable, 0 where not, n tokens.   (B,)
+
+    The SFT of a sum such as "kto + 0.1*sft": one number per response, like the other terms.
+    """
+    return torch.where(desirable, -logps / lengths, torch.zeros_like(logps))
+
+
 @dataclass(frozen=True)
 class Recipe:
     loss: Callable
@@ -280,6 +293,57 @@ class Recipe:
 LOSSES = {"sft": token_nll_loss, **kto.LOSSES, "offline_ppo": ppo.offline_ppo_loss,
           **{name: loss for name, loss in dpo_variants.LOSSES.items() if name != "sft"}}
 DPO = dpo_variants.dpo_loss
+
+
+class Sum:
+    """"dpo + 0.1*sft" as one loss: its measured names are the union of its terms'.
+
+    Terms share a setting of one name. Where their defaults differ it is None, and each term keeps
+    its own until a flag sets all of them.
+    """
+
+    def __init__(self, text):
+        self.__doc__ = self.__name__ = text
+        self.terms = []                                      # (weight, loss, wants, defaults)
+        self.names = []
+        self.wants, self.defaults = [], {}
+        terms = [self.split(term.strip()) for term in text.split("+")]
+        unpaired = any(name not in dpo_variants.LOSSES for _, name in terms)
+        sft = good_nll_loss if unpaired else dpo_variants.sft_loss
+        for weight, name in terms:
+            self.add(weight, name, {**LOSSES, "sft": sft})   # in a sum, SFT is per example
+        if len({is_paired(names) for _, _, names, _ in self.terms}) > 1:
+            raise SystemExit(f"--loss {text}: a paired and an unpaired loss cannot be summed")
+
+    def split(self, term):
+        """"0.1*sft" -> ("0.1", "sft")"""
+        weight, _, name = [part.strip() for part in term.rpartition("*")]
+        known = name in LOSSES and re.fullmatch(r"|[\d.]+(e[+-]?\d+)?", weight)
+        if not known:
+            raise SystemExit(f"--loss {self.__name__}: {term!r} is not NAME or NUMBER*NAME; names "
+                             f"are {', '.join(LOSSES)}")
+        return weight, name
+
+    def add(self, weight, name, losses):
+        loss = losses[name]
+        if hasattr(loss, "needs_whole_batch") or "target_logps" in signature(loss)[0]:
+            raise SystemExit(f"--loss {self.__name__}: {name} cannot be summed")
+        wants, defaults = signature(loss)
+        self.names.append(name)
+        self.terms.append((float(weight or 1), loss, wants, defaults))
+        self.wants += [want for want in wants if want not in self.wants]
+        for key, value in defaults.items():
+            agree = self.defaults.get(key, value) == value
+            self.defaults[key] = value if agree else None
+
+    def __call__(self, **given):
+        total = 0.0
+        for weight, loss, wants, defaults in self.terms:
+            own = {key: default if given[key] is None else given[key]
+                   for key, default in defaults.items()}
+            total = total + weight * loss(**{want: given[want] for want in wants}, **own)
+        return total
+
 
 RECIPES = {
     "ld_dpo": Recipe(
@@ -316,6 +380,13 @@ RECIPES = {
     "slic": Recipe(
         dpo_variants.slic_loss, prepare=require_target, stage_units=with_target,
         flags={"slic_target": "sample"}, like="slic"),
+    "xpo": Recipe(dpo_variants.xpo_loss, stage_units=sampled_target, like="xpo"),
+    "mpo": Recipe(
+        Sum("0.8*dpo + 0.2*bco_pair + sft"), like="dpo",
+        paper="Wang et al. 2024, Enhancing the Reasoning Ability of Multimodal LLMs via Mixed "
+              "Preference Optimization, arXiv 2411.10442 (weights: InternVL's training scripts)",
+        idea="which response is better, how good each is by itself, and imitation of the good one: "
+             "three losses in one sum"),
     "rm": Recipe(
         ppo.reward_model_loss, prepare=last_tokens, learner=reward_model, reference=nothing,
         feedback="pairs", like="rm",
@@ -347,46 +418,3 @@ def find(name):
     near = get_close_matches(name, known, 1, cutoff=0)[0]
     raise SystemExit(f"--loss {name}: no such loss; nearest: {near}; valid are {', '.join(known)}, "
                      'or a sum such as "dpo + 0.1*sft"')
-
-
-class Sum:
-    """"dpo + 0.1*sft" as one loss: its measured names are the union of its terms'.
-
-    Terms share a setting of one name. Where their defaults differ it is None, and each term keeps
-    its own until a flag sets all of them.
-    """
-
-    def __init__(self, text):
-        self.__doc__ = self.__name__ = text
-        self.terms = []                                      # (weight, loss, wants, defaults)
-        self.names = []
-        self.wants, self.defaults = [], {}
-        for term in text.split("+"):
-            self.add(term.strip(), text)
-        if len({is_paired(names) for _, _, names, _ in self.terms}) > 1:
-            raise SystemExit(f"--loss {text}: a paired and an unpaired loss cannot be summed")
-
-    def add(self, term, text):
-        weight, _, name = term.rpartition("*")
-        losses = {**LOSSES, "sft": dpo_variants.sft_loss}    # in a sum, SFT is per example
-        if name.strip() not in losses or not re.fullmatch(r"\s*|[\d.]+(e[+-]?\d+)?\s*", weight):
-            raise SystemExit(f"--loss {text}: {term!r} is not NAME or NUMBER*NAME; names are "
-                             f"{', '.join(losses)}")
-        loss = losses[name.strip()]
-        if hasattr(loss, "needs_whole_batch") or "target_logps" in signature(loss)[0]:
-            raise SystemExit(f"--loss {text}: {name.strip()} cannot be summed")
-        wants, defaults = signature(loss)
-        self.names.append(name.strip())
-        self.terms.append((float(weight or 1), loss, wants, defaults))
-        self.wants += [want for want in wants if want not in self.wants]
-        for key, value in defaults.items():
-            agree = self.defaults.get(key, value) == value
-            self.defaults[key] = value if agree else None
-
-    def __call__(self, **given):
-        total = 0.0
-        for weight, loss, wants, defaults in self.terms:
-            own = {key: default if given[key] is None else given[key]
-                   for key, default in defaults.items()}
-            total = total + weight * loss(**{want: given[want] for want in wants}, **own)
-        return total

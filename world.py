@@ -591,17 +591,18 @@ SETTINGS = {  # "default": for a loss that has no entry here
     "ppo": dict(lr=1e-3, steps=80, batch_size=288, warmup=5, reward="world", kl_coef=1.0,
                 clip_value=1.0, vf_coef=0.5, ppo_epochs=2, minibatches=4),
     **dict.fromkeys(("dpo", "cdpo", "bco_pair", "apo_zero", "apo_down", "beta_dpo", "odpo", "hinge",
-                     "wpo"), PAIRS | dict(beta=0.5)),
+                     "wpo", "dpo_shift", "chipo", "xpo"), PAIRS | dict(beta=0.5)),
     **dict.fromkeys(("rdpo", "exo", "fdpo", "discopop", "tdpo1"), PAIRS | dict(beta=1.0)),
     **dict.fromkeys(("ipo", "ipo_bernoulli"), PAIRS | dict(tau=0.1)),  # 1 / (2 tau) nats per reply
     "ipo_avg": PAIRS | dict(tau=2.0),                                  # and per token
-    **dict.fromkeys(("sppo", "sppo_hard"), PAIRS | dict(beta=0.05)),
+    **dict.fromkeys(("sppo", "sppo_hard", "cal_dpo"), PAIRS | dict(beta=0.05)),
     **dict.fromkeys(("cpo", "nca", "tdpo2"), PAIRS | dict(beta=0.1)),
     **dict.fromkeys(("aot", "aot_unpaired"), PAIRS | dict(beta=2.0)),
     "orpo": PAIRS | dict(lam=1.0),
     "simpo": PAIRS | dict(beta=10.0, gamma=0.5),
     "alphapo": PAIRS | dict(beta=10.0, gamma=1.0),
     "sigmoid_norm": PAIRS | dict(beta=10.0),
+    "rebel": PAIRS | dict(eta=1.0),
     "slic": PAIRS | dict(delta=5.0, lam=0.2),
     "dpop": PAIRS | dict(beta=0.5, lam=0.5),
     # Steps are those of each stage. SPIN overshoots where beta < 1/2.

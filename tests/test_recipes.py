@@ -160,6 +160,43 @@ def test_every_stage_is_compared_with_the_policy_of_the_stage_before(lab, tmp_pa
     assert largest_difference(first, weights(tmp_path / "one")) == 0
 
 
+# --- sums, and pairs that the policy has written ------------------------------------------------
+
+def test_the_sft_of_a_sum_imitates_the_good_responses_per_token(lab, models, tmp_path):
+    """"kto + 0.1*sft", at z0 = 0: 1 - sigma(+-0.1 r), and -log pi / n of the desirable ones."""
+    by_hand = []
+    for row, in batch_of(read_units(lab, "rows.jsonl")):
+        sign = 1 if row.desirable else -1
+        kto = 1 - 1 / (1 + math.exp(-sign * 0.1 * log_ratio(*models, row)))
+        nll = -float(log_prob(models[0], row).detach()) / row.length
+        by_hand.append(kto + 0.1 * nll * row.desirable)
+    found = first_loss(*flags(lab, tmp_path / "run", "--z0", "zero", loss="kto + 0.1*sft"))
+    assert found == pytest.approx(np.mean(by_hand), abs=EXACT)
+
+
+def test_mpo_is_the_sum_that_its_entry_writes(lab, tmp_path):
+    for loss in ("mpo", "0.8*dpo + 0.2*bco_pair + sft"):
+        run(*flags(lab, tmp_path / loss.replace(" ", ""), loss=loss, steps=3))
+    one = weights(tmp_path / "mpo")
+    assert largest_difference(one, weights(tmp_path / "0.8*dpo+0.2*bco_pair+sft")) == 0
+
+
+def test_rebel_of_a_file_regresses_on_its_scores_and_xpo_samples_its_third_response(
+        lab, models, tmp_path):
+    units = read_units(lab)
+    thirds = [data.make_row(chosen.ids[:chosen.n_prompt], answer)
+              for (chosen, _), answer in zip(units, sampled_by(models[1], units))]
+    rebel, xpo = [], []
+    for (chosen, rejected), third in batch_of(list(zip(units, thirds))):
+        h = log_ratio(*models, chosen) - log_ratio(*models, rejected)
+        rebel.append((h / 0.5 - (chosen.score - rejected.score)) ** 2)
+        xpo.append(softplus(-0.1 * h) + 0.01 * float(log_prob(models[0], third).detach()))
+    found = first_loss(*flags(lab, tmp_path / "rebel", "--eta", 0.5, loss="rebel"))
+    assert found == pytest.approx(np.mean(rebel), abs=EXACT)
+    found = first_loss(*flags(lab, tmp_path / "xpo", "--alpha", 0.01, loss="xpo"))
+    assert found == pytest.approx(np.mean(xpo), abs=EXACT)
+
+
 # --- who wrote the responses --------------------------------------------------------------------
 
 def sampled_by(policy, units):

@@ -148,3 +148,40 @@ LOSSES = {
     "apo_zero_unpaired": apo_zero_unpaired_loss,
     "bco": bco_loss,
 }
+
+
+if __name__ == "__main__":                       # a lesson: python kto.py
+    import world
+
+    answers = ["Clean the air vents.", "Let it cool in the shade.", "We will replace it for free.",
+               "Lower the brightness.", "Move it closer to the base.", "Read the manual."]
+    ref = torch.tensor([0.15, 0.10, 0.10, 0.30, 0.15, 0.20])     # what the policy says at first
+    liked = torch.tensor([0.90, 0.75, 0.55, 0.25, 0.20, 0.05])   # share of thumbs that are up
+    share = torch.cat([ref * liked, ref * (1 - liked)])          # of each (answer, thumb)
+    logits = ref.log().requires_grad_()
+    adam = torch.optim.Adam([logits], lr=0.2)
+    seen = []
+    for step in range(401):
+        r = logits.log_softmax(0) - ref.log()
+        z0 = (logits.softmax(0) * r).sum().detach()              # KL(pi || ref), exactly
+        loss = share @ kto_loss(r.repeat(2), torch.arange(12) < 6, z0[None], beta=0.5)
+        seen.append([*logits.softmax(0).tolist(), z0.item(), loss.item()])
+        logits.grad, = torch.autograd.grad(loss, logits)
+        adam.step()
+    balances = list(zip(ref.tolist(), (2 * liked - 1).tolist()))
+    best = ref * torch.tensor(world.kto_logratios(balances, beta=0.5, z0=z0.item())).exp()
+    print("One prompt, six answers. Customers give thumbs, KTO moves the policy.\n")
+    print("My router gets too hot!        thumbs up   step 0     10    100    400    best")
+    notes = [f"{p:8.0%}" for p in liked] + ["    nats", "        "]
+    ends = [f"{p:8.3f}" for p in best] + ["", ""]
+    for k, name in enumerate([*answers, "z0, the reference point", "mean loss"]):
+        cells = "".join(f"{seen[step][k]:7.3f}" for step in (0, 10, 100, 400))
+        print(f"{name:30}{notes[k]}   {cells}{ends[k]}")
+    print(f"""
+At step 0 policy and reference are equal: r = 0, z0 = 0, and every loss is 1/2.
+At the end nothing is left that more than half of the customers dislike.
+z0 is what the policy gains on average. It rises, and an answer has to beat it:
+the third answer gains at first and then falls behind.
+
+The best policy for the last z0, without any training: column "best" (world.py).
+The largest distance of step 400 from it: {(logits.softmax(0) - best).abs().max():.4f}""")

@@ -468,3 +468,34 @@ class Preferences(Objective):
     report = metrics.report
     tokens = metrics.tokens
     first_look = metrics.first_look
+
+
+if __name__ == "__main__":                       # a lesson: python objective.py
+    import objective                             # the registry that losses know is not __main__'s
+    import recipes
+    from plumbing import lessons
+
+    told = lessons.comparison(torch.tensor(0.7), "A")
+    groups = []                                  # names of one line: a response's, its rival's ...
+    for name, quantity in objective.MEASURED.items():
+        if quantity.row == 0:
+            groups.append([])
+        groups[-1].append(name)
+    print("The policy says A with .67 and B with .33, the reference with .50 each. A won.")
+    print("A loss gets what its signature names, and nothing else:\n")
+    print(f"{'name':43}{'is told':19}named by")
+    for names in groups:
+        scope = objective.MEASURED[names[0]].scope
+        if scope in ("example", "position"):
+            values = ", ".join(f"{float(told[name]):+.2f}" for name in names)
+        else:
+            values = f"one per {'step' if scope == 'batch' else 'token'}"
+        users = [loss for loss in {**recipes.LOSSES, **recipes.RECIPES}
+                 if set(names) & set(recipes.find(loss).wants)]
+        by = f"{users[0]} and {len(users) - 1} more" if users[1:] else "".join(users)
+        print(f"{', '.join(names)[:42]:43}{values:19}{by}")
+    found = recipes.DPO(*(told[name] for name in objective.signature(recipes.DPO)[0]))
+    print(f"""
+def dpo_loss{inspect.signature(recipes.DPO)}
+is told {told["chosen_logratios"].item():+.4f} and {told["rejected_logratios"].item():+.4f}: \
+a margin of 0.70 nats, so the loss is {found.item():.4f}""")

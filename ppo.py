@@ -215,3 +215,24 @@ LOSSES = {                               # name on the command line -> function
     "rm": reward_model_loss,             # pairs -> a reward model
     "ppo": actor_critic_loss,            # prompts and a reward; the policy writes
 }
+
+
+if __name__ == "__main__":                       # a lesson: python ppo.py
+    names = ["The", "vents", "are", "dusty", "<end>"]
+    old = torch.tensor([[-1.2, -2.0, -0.7, -1.6, -0.4]])         # when the policy wrote them
+    ref = torch.tensor([[-1.2, -2.3, -0.7, -2.6, -0.3]])
+    now = torch.tensor([[-1.1, -1.7, -0.6, -1.5, -0.5]], requires_grad=True)
+    values = torch.tensor([[1.0, 1.2, 1.1, 1.9, 2.4]])           # the critic's guesses
+    mask = torch.ones(1, 5)
+    rewards = token_rewards(torch.tensor([2.0]), old, ref, mask, kl_coef=0.1)
+    advantages, returns = gae(rewards, values, mask, gamma=1.0, lam=0.95)
+    white = whiten(advantages, mask)
+    losses = ppo_loss(now, old, white, mask, clip=0.2)
+    slopes, = torch.autograd.grad(losses.sum(), now)
+    columns = {"log pi/ref": old - ref, "reward": rewards, "critic": values,
+               "advantage": advantages, "whitened": white, "ratio": (now - old).exp(),
+               "loss": losses, "slope": slopes}
+    print("The policy wrote five tokens, and the judge gave the whole response a score of 2.\n")
+    print(" " * 7 + "".join(f"{name:>9}" for name in columns))
+    for t, name in enumerate(names):
+        print(f"{name:7}" + "".join(f"{column[0, t]:9.3f}" for column in columns.values()))

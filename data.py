@@ -13,7 +13,7 @@ response, or on the assistant's turns of it that are asked for. Prompt and respo
 apart and joined, so no token straddles the border.
 A unit is what one example of a loss consists of: (y,), (y, y') or (chosen, rejected[, target]).
 
-`python data.py FILE` shows the first batch in colour.
+`python data.py FILE` shows the first batch in colour; without FILE, that of a made-up one.
 """
 
 import sys
@@ -476,4 +476,7 @@ def may_share(first, row):
 
 if __name__ == "__main__":
     from plumbing import show
-    show.main(sys.argv[1:])
+    if sys.argv[1:]:
+        show.main(sys.argv[1:])
+    else:
+        show.made_up_file()

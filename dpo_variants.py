@@ -649,8 +649,9 @@ LOSSES = {
 if __name__ == "__main__":                       # a lesson: python dpo_variants.py
     from plumbing import lessons
 
-    print("A beats B in 80 of 100 comparisons. Policy and reference begin at 1/2 each, beta is 1.")
-    print("Mean loss and slope there (by log pi(A) / pi(B)), and pi(A) where descent comes to rest:")
+    print("A beats B in 80 of 100 comparisons. The reference says each half the time.")
+    print("beta is 1. Slope: by log pi(A) / pi(B). Descent starts at the reference.\n")
+    print("                  loss    slope   pi(A) where descent ends")
     for name, loss in LOSSES.items():
         log_odds = torch.zeros((), requires_grad=True)
         path = []

@@ -418,3 +418,45 @@ class Cache:
     def keep(self, rows):
         self.kv = self.kv[:, :, rows]
         self.used = self.used[rows]
+
+
+if __name__ == "__main__":  # a lesson: python model.py
+    import data
+
+    torch.manual_seed(0)
+    policy = GPT(GPTConfig(vocab_size=257, context=32, n_layer=2, n_head=2, d_model=32))
+    rows = [data.make_row(b"Hot?", [*answer, 256]) for answer in (b"Yes.", b"No!")]
+    rows.append(data.make_row(b"Why", [*b"Dust", 256]))
+    flat = data.flatten(rows, share=True)
+    with torch.no_grad():
+        trunk = policy.hidden(*flat[:3], slice(None))
+        hidden = trunk[flat.predict]
+        logits = policy.head(hidden)
+        logps = log_probs(logits, flat.targets)
+        apart = [data.flatten([row]) for row in rows]
+        alone = torch.cat([one.sums(policy(*one[:5])) for one in apart])
+
+    def spell(ids):
+        return "".join("  $" if token == 256 else f"  {chr(token)}" for token in ids.tolist())
+
+    print(f"""Three responses to two prompts, in one flat row ($ is end-of-text):
+    ids      {spell(flat.ids)}
+    positions{"".join(f"{p:3}" for p in flat.positions)}
+    lengths    {flat.lengths}: the prompt "Hot?" is there once, with two responses
+What is trained, and the place of the token just before it:
+    targets  {spell(flat.targets)}
+    predict  {"".join(f"{p:3}" for p in flat.predict)}
+
+On the way to log-probs                      shape
+    ids                                      {tuple(flat.ids.shape)}
+    hidden states, attention in each row     {tuple(trunk.shape)}
+    of them, those that predict              {tuple(hidden.shape)}
+    the head's logits, one per token id      {tuple(logits.shape)}
+    log-probs of the targets                 {tuple(logps.shape)}
+    their sums, log pi(y|x)                  {tuple(flat.sums(logps).shape)}
+
+                             "Yes."     "No!"    "Dust"
+    in the flat row     {"".join(f"{x:10.4f}" for x in flat.sums(logps))}
+    each row by itself  {"".join(f"{x:10.4f}" for x in alone)}
+An untrained model knows nothing: about -log 257 = -5.55 per token.
+The largest difference: {(flat.sums(logps) - alone).abs().max():.1e}""")

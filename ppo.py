@@ -232,7 +232,19 @@ if __name__ == "__main__":                       # a lesson: python ppo.py
     columns = {"log pi/ref": old - ref, "reward": rewards, "critic": values,
                "advantage": advantages, "whitened": white, "ratio": (now - old).exp(),
                "loss": losses, "slope": slopes}
-    print("The policy wrote five tokens, and the judge gave the whole response a score of 2.\n")
-    print(" " * 7 + "".join(f"{name:>9}" for name in columns))
+    print("The policy wrote five tokens, and a judge gave the whole response the score 2.\n")
+    print("      " + "".join(f"{title:>{max(8, len(title) + 1)}}" for title in columns))
     for t, name in enumerate(names):
-        print(f"{name:7}" + "".join(f"{column[0, t]:9.3f}" for column in columns.values()))
+        cells = [f"{column[0, t] + 0.0:{max(8, len(title) + 1)}.3f}"
+                 for title, column in columns.items()]
+        print(f"{name:6}" + "".join(cells))
+    print("""
+reward     0.1 x the log-ratio is taken off each token; the last one gets the score.
+critic     what it expects from this token on; after the end, nothing.
+advantage  the surprise at a token, and 0.95 times the advantage of the next one.
+whitened   the advantage, moved and scaled to mean 0 and variance 1.
+ratio      pi / pi_old, of a policy that has moved since it wrote this.
+loss       -min(ratio A, clip(ratio, 0.8, 1.2) A)
+slope      by the token's log-prob. Descent goes against it: where it is negative,
+           the token becomes likelier. It is 0 where a token has already moved by
+           more than 20 % in its good direction: "vents" waits for new samples.""")

@@ -130,20 +130,15 @@ def self_play(run, units, stage):
 
 
 def with_target(run, units, stage):
-    """SLiC's third response: sampled from the reference, or the chosen one, or the file's own."""
+    """The third response of SLiC and XPO: the reference's, the chosen one, or the file's own."""
     source = run.options["slic_target"]
     if source == "chosen":
         return [(*unit[:2], unit[0]) for unit in units]
     if source == "sample":
-        return sampled_target(run, units, stage)
+        said = sampled_once(run, units, run.out / "targets.json", run.load_reference(),
+                            desirable=True)
+        return [(*unit[:2], row) for unit, row in zip(units, said)]
     return units
-
-
-def sampled_target(run, units, stage):
-    """XPO's third response: sampled from the reference."""
-    said = sampled_once(run, units, run.out / "targets.json", run.load_reference(),
-                        desirable=True)
-    return [(*unit[:2], row) for unit, row in zip(units, said)]
 
 
 def own_answers(run, policy, units, seed, desirable=None):
@@ -380,7 +375,9 @@ RECIPES = {
     "slic": Recipe(
         dpo_variants.slic_loss, prepare=require_target, stage_units=with_target,
         flags={"slic_target": "sample"}, like="slic"),
-    "xpo": Recipe(dpo_variants.xpo_loss, stage_units=sampled_target, like="xpo"),
+    "xpo": Recipe(
+        dpo_variants.xpo_loss, prepare=require_target, stage_units=with_target,
+        flags={"slic_target": "sample"}, like="xpo"),
     "mpo": Recipe(
         Sum("0.8*dpo + 0.2*bco_pair + sft"), like="dpo",
         paper="Wang et al. 2024, Enhancing the Reasoning Ability of Multimodal LLMs via Mixed "

@@ -299,7 +299,7 @@ def clashes_of_models(settings):
     processes = int(os.environ.get("WORLD_SIZE", 1))
     wants = recipe.wants
     samples = (own.get("z0") == "on_policy" or own.get("slic_target") == "sample"
-               or recipe.stage_units in (recipes.self_play, recipes.sampled_target)
+               or recipe.stage_units is recipes.self_play
                or recipe.learner is not recipes.language_model)
     yield config.lora and not config.model, "--lora: is for Hugging Face models; give --model"
     yield config.lora and "ref_mix" in own, "--lora: tr_dpo moves all weights of its reference"

@@ -1,8 +1,10 @@
 """`python data.py FILE`: the first batch of a preference file in colour, as it will be trained."""
 
 import argparse
+import json
 import os
 import sys
+import tempfile
 from itertools import groupby
 
 from data import TURNS, batch_rows, encode, lambda_weights, mismatched_units
@@ -93,3 +95,19 @@ def main(argv):
     if units:
         for i in batch_rows(len(units), args.batch_size, seed=args.seed, step=0):
             show(units[i], tokenizer, args.paired)
+
+
+def made_up_file():
+    """The same for three thumbs on two prompts."""
+    records = [{"prompt": "It is too hot!", "completion": " Clean the vents.", "label": True},
+               {"prompt": "It is too hot!", "completion": " Read the manual.", "label": False},
+               {"prompt": "No signal.", "completion": " Move it closer.", "label": True}]
+    lines = "".join(json.dumps(record) + "\n" for record in records)
+    print(f"A file of thumbs:\n\n{lines}\nand what is made of it. Trained are the tokens after + "
+          "(good) and - (bad). Those\nafter ~ are only measured: y', the response to another "
+          "prompt, for KTO's z0.\n")
+    with tempfile.TemporaryDirectory() as folder:
+        path = os.path.join(folder, "thumbs.jsonl")
+        with open(path, "w") as file:
+            file.write(lines)
+        main([path])

@@ -262,7 +262,7 @@ def sppo_loss(chosen_logratios, rejected_logratios, chosen_win_prob, rejected_wi
     """(c - (P_w - 1/2) / beta)^2 + (r - (P_l - 1/2) / beta)^2.   (B,)
 
     Paper: Wu et al. 2024, Self-Play Preference Optimization, arXiv 2405.00675
-    Idea: one step towards a Nash equilibrium: each log-ratio is regressed on its response's wins.
+    Idea: one step towards a Nash equilibrium: each log-ratio is fitted to its response's win rate.
     P_w, P_l: mean probability of winning against the policy's own samples, a constant. beta is the
     paper's 1 / eta; the official code is half of this.
     """
@@ -306,7 +306,7 @@ def fdpo_loss(chosen_logratios, rejected_logratios, *, beta=0.1, divergence="js"
     """-log sigma(beta (f'(e^c) - f'(e^r))), f' named by `divergence` and alpha.   (B,)
 
     Paper: Wang et al. 2023, Beyond Reverse KL, arXiv 2309.16240
-    Idea: DPO's leash is a reverse KL; another f-divergence gives another reward, f'(pi / pi_ref).
+    Idea: DPO penalises the reverse KL; another f-divergence gives another reward, f'(pi / pi_ref).
         divergence   f'(u) up to constants, which cancel
         reverse_kl   log u                    this is DPO
         js           log (u / (1 + u))
@@ -335,14 +335,15 @@ def chipo_loss(chosen_logratios, rejected_logratios, *, beta=0.05, clip=10.0):
     """-log sigma(clip(beta (phi(c) - phi(r)), -R, R)), phi(t) = e^t + t, R = `clip`.   (B,)
 
     Paper: Huang et al. 2024, Chi-Squared Preference Optimization, arXiv 2407.13399
-    Idea: the reward grows with the RATIO pi / pi_ref itself, so far from the data a nat is dear.
-    In the ratio z the paper's phi is z + log z: the leash is KL plus chi-squared. The optimum is
-    pi_ref W(e^((u - const) / beta)), W(x) e^W(x) = x: ratios grow like u / beta, not like its exp.
+    Idea: DPO with KL plus chi-squared in place of KL: moving far from the reference costs more.
+    The paper writes phi(z) = z + log z of the ratio z = pi / pi_ref. With Bradley-Terry labels of
+    utility u the optimum is pi_ref W(e^((u - const) / beta)), where W(x) e^W(x) = x: ratios grow
+    like u / beta, in DPO like e^(u / beta).
     What is clipped is the DIFFERENCE of the rewards, to R = 2 R_max (Algorithm 1, secondary: from
     memory and one reading note; one public code clips each reward instead). beta is the larger of
     the paper's two (secondary), R our choice; clip = inf switches it off.
-    Trap: beyond R the slope is exactly 0, so a pair that is wrong by more is never mended. And e^t
-    is of a whole response: log-ratios of 10 nats, common in long ones, are beyond R at once.
+    Trap: beyond R the slope is exactly 0, so a pair that is wrong by more is never mended. And t is
+    the log-ratio of a whole response: 10 nats, common in long ones, are far beyond R.
     """
     check(beta=beta, clip=clip)
     c = chosen_logratios
@@ -612,7 +613,7 @@ def exp_minus_1(t):
 
 
 def check(**hyper):
-    """ValueError for a value without meaning: beta = 0 teaches nothing, beta < 0 the opposite."""
+    """ValueError for a value without meaning: beta = 0 has no gradient, beta < 0 a wrong one."""
     for name, value in hyper.items():
         if name == "label_smoothing":
             require(0 <= value < 0.5, name, "in [0, 0.5)", value)

@@ -88,7 +88,7 @@ def value(logratios, desirable, z0, *, beta, lambda_d, lambda_u):
 def class_weight(desirable, like, lambda_d, lambda_u):
     """lambda_y per example.   (B,)
 
-    The ratio of the two matters most when one class is rare: Eq. 9, `data.lambda_weights`.
+    Their ratio matters most when one class is rare: see Eq. 9 and `data.lambda_weights`.
     """
     return torch.where(desirable, torch.full_like(like, lambda_d), torch.full_like(like, lambda_u))
 
@@ -170,8 +170,9 @@ if __name__ == "__main__":                       # a lesson: python kto.py
         adam.step()
     balances = list(zip(ref.tolist(), (2 * liked - 1).tolist()))
     best = ref * torch.tensor(world.kto_logratios(balances, beta=0.5, z0=z0.item())).exp()
-    print("One prompt, six answers. Customers give thumbs, KTO moves the policy.\n")
-    print("My router gets too hot!        thumbs up   step 0     10    100    400    best")
+    print("""One prompt, six answers. Customers give thumbs, KTO moves the policy.
+
+My router gets too hot!        thumbs up   step 0     10    100    400    best""")
     notes = [f"{p:8.0%}" for p in liked] + ["    nats", "        "]
     ends = [f"{p:8.3f}" for p in best] + ["", ""]
     for k, name in enumerate([*answers, "z0, the reference point", "mean loss"]):

@@ -442,7 +442,7 @@ if __name__ == "__main__":  # a lesson: python model.py
     print(f"""Three responses to two prompts, in one flat row ($ is end-of-text):
     ids      {spell(flat.ids)}
     positions{"".join(f"{p:3}" for p in flat.positions)}
-    lengths    {flat.lengths}: the prompt "Hot?" is there once, with two responses
+    lengths    {flat.lengths}: "Hot?" is there once, with two responses
 What is trained, and the place of the token just before it:
     targets  {spell(flat.targets)}
     predict  {"".join(f"{p:3}" for p in flat.predict)}

@@ -57,7 +57,7 @@ MEASURED = {}
 
 
 def measured(*names, scope="example", needs=(), zero=False):
-    """Register a function under its names; the k-th name of a line speaks of a unit's k-th row.
+    """Register a function under its names. The k-th name in the list is for a unit's k-th row.
 
     scope     the function                        gives
     example   f(part, row)                        (b,)  one number per unit of the part
@@ -483,7 +483,7 @@ if __name__ == "__main__":                       # a lesson: python objective.py
         groups[-1].append(name)
     print("The policy says A with .67 and B with .33, the reference with .50 each. A won.")
     print("A loss gets what its signature names, and nothing else:\n")
-    print(f"{'name':43}{'is told':19}named by")
+    print(f"{'name':43}{'is told':20}named by")
     for names in groups:
         scope = objective.MEASURED[names[0]].scope
         if scope in ("example", "position"):
@@ -493,7 +493,7 @@ if __name__ == "__main__":                       # a lesson: python objective.py
         users = [loss for loss in {**recipes.LOSSES, **recipes.RECIPES}
                  if set(names) & set(recipes.find(loss).wants)]
         by = f"{users[0]} and {len(users) - 1} more" if users[1:] else "".join(users)
-        print(f"{', '.join(names)[:42]:43}{values:19}{by}")
+        print(f"{', '.join(names)[:42]:43}{values:20}{by}")
     found = recipes.DPO(*(told[name] for name in objective.signature(recipes.DPO)[0]))
     print(f"""
 def dpo_loss{inspect.signature(recipes.DPO)}

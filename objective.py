@@ -492,7 +492,7 @@ if __name__ == "__main__":                       # a lesson: python objective.py
             values = f"one per {'step' if scope == 'batch' else 'token'}"
         users = [loss for loss in {**recipes.LOSSES, **recipes.RECIPES}
                  if set(names) & set(recipes.find(loss).wants)]
-        by = f"{users[0]} and {len(users) - 1} more" if users[1:] else "".join(users)
+        by = f"{users[0]} + {len(users) - 1} more" if users[1:] else "".join(users)
         print(f"{', '.join(names)[:42]:43}{values:20}{by}")
     found = recipes.DPO(*(told[name] for name in objective.signature(recipes.DPO)[0]))
     print(f"""

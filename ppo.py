@@ -239,12 +239,12 @@ if __name__ == "__main__":                       # a lesson: python ppo.py
                  for title, column in columns.items()]
         print(f"{name:6}" + "".join(cells))
     print("""
-reward     0.1 x the log-ratio is taken off each token; the last one gets the score.
+reward     each token pays 0.1 x its log-ratio; the last one gets the score.
 critic     what it expects from this token on; after the end, nothing.
-advantage  the surprise at a token, and 0.95 times the advantage of the next one.
+advantage  the surprise at this token, plus 0.95 x the next advantage.
 whitened   the advantage, moved and scaled to mean 0 and variance 1.
 ratio      pi / pi_old, of a policy that has moved since it wrote this.
-loss       -min(ratio A, clip(ratio, 0.8, 1.2) A)
-slope      by the token's log-prob. Descent goes against it: where it is negative,
-           the token becomes likelier. It is 0 where a token has already moved by
-           more than 20 % in its good direction: "vents" waits for new samples.""")
+loss       -min(ratio A, clip(ratio, 0.8, 1.2) A), A the whitened advantage.
+slope      by the token's log-prob: where it is negative, descent makes the
+           token likelier. "vents" has already moved by more than 20 % in its
+           good direction: its slope is 0 until there are new samples.""")

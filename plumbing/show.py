@@ -1,6 +1,7 @@
 """`python data.py FILE`: the first batch of a preference file in colour, as it will be trained."""
 
 import argparse
+import contextlib
 import json
 import os
 import sys
@@ -106,8 +107,7 @@ def made_up_file():
     print(f"A file of thumbs:\n\n{lines}\nand what is made of it. Trained are the tokens after + "
           "(good) and - (bad). Those\nafter ~ are only measured: y', the response to another "
           "prompt, for KTO's z0.\n")
-    with tempfile.TemporaryDirectory() as folder:
-        path = os.path.join(folder, "thumbs.jsonl")
-        with open(path, "w") as file:
+    with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder):
+        with open("thumbs.jsonl", "w") as file:
             file.write(lines)
-        main([path])
+        main(["thumbs.jsonl"])

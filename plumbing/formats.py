@@ -1,4 +1,4 @@
-"""Files to examples: every format of preference data becomes `Feedback` or `Pair`.
+"""Rows to examples: every format of preference data becomes `Feedback` or `Pair`.
 
     {"prompt": "Why?", "completion": "No.", "label": true}    Feedback("Why?", "No.", True)
     {"prompt": "Why?", "chosen": "Wind.", "rejected": "No."}  Pair("Why?", "Wind.", "No.")
@@ -14,6 +14,8 @@ from dataclasses import dataclass, replace
 from operator import attrgetter
 from pathlib import Path
 from typing import NamedTuple
+
+from plumbing.files import CsvRow, records
 
 
 class Turn(NamedTuple):
@@ -36,6 +38,7 @@ class Feedback:
     whole: bool = True       # False: the completion was cut when it was sampled, it has no end
     where: str = ""          # file and row, for messages
     score: float | None = None
+    weight: float = 1.0      # of its loss
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,122 +55,77 @@ class Pair:
     segment: tuple[int, int] | None = None          # assistant's turns that count: from 0, end out
     whole: bool = True
     where: str = ""
+    weight: float = 1.0
 
 
 # --- reading --------------------------------------------------------------------------------------
 
-def read(files, *, columns=None, threshold=None, scored="labels", prompts=False):
-    """(examples, name of their format) of one or several files.
+def read(files, *, flag="--data", watch=None, scored="labels", **how):
+    """(examples, a line about them: formats, columns that are ignored, rows without an answer).
 
-    files      .jsonl (an object per line), .json (an array of objects), .parquet, or a dataset of
-               the Hugging Face hub: org/name or org/name:split
-    columns    {"prompt": "question"}: what the file calls question is our prompt
-    threshold  a row with a number instead of a label is desirable if its number is above this
+    files      names of files, see `records`
+    flag       who named them, for messages
+    watch      a progress bar: watch(rows, title) gives the same rows
     scored     "labels", or "pairs": rows with a number become pairs (pairs_from_scores)
-    prompts    may a row be a prompt without a response?
+    how        columns, threshold, prompts: see `parse`
     """
     if isinstance(files, (str, Path)):
         files = [files]
     examples = []
-    formats = {}                                     # a dict keeps their order
+    names, ignored = {}, {}                          # dicts keep their order
+    without_answer = 0
     for file in files:
-        for where, record in records(file):
-            name, found = parse(record, where, columns=columns, threshold=threshold,
-                                scored=scored, prompts=prompts)
-            formats[name] = True
+        rows = records(file, flag)
+        if watch:
+            rows = watch(rows, f"reading {file}")
+        for where, record in rows:
+            name, found, unused = parse(record, where, scored=scored, **how)
+            names[name] = True
+            ignored |= dict.fromkeys(unused)
+            without_answer += not found
             examples += found
-    name = ", ".join(formats)
+    name = ", ".join(names)
     for example in examples:
         if type(example) is not type(examples[0]):
             raise SystemExit(f"{example.where}: mixes pairs and single responses")
     if scored == "pairs" and any(getattr(e, "score", None) is not None for e in examples):
         examples, counts = pairs_from_scores(examples)
         name += f" as pairs ({counts_line(counts)})"
+    if without_answer:
+        name += f"; dropped: {without_answer:,} rows without an answer"
+    if ignored:
+        name += f"; ignored columns: {', '.join(ignored)}"
     if not examples:
-        raise SystemExit(f"--data {' '.join(map(str, files))}: no rows in it {name}".rstrip())
+        raise SystemExit(f"{flag} {' '.join(map(str, files))}: no rows in it {name}".rstrip())
     return examples, name
 
 
 def parse(record, where="", *, columns=None, threshold=None, scored="labels", prompts=False):
-    """One JSON object to (name of its format, list of examples)."""
+    """One JSON object to (name of its format, list of examples, columns that nobody looked at).
+
+    columns    {"prompt": "question"}: what the file calls question is our prompt
+    threshold  a row with a number instead of a label is desirable if its number is above this
+    prompts    may a row be a prompt without a response?
+    """
     row = Record(record, where, columns or {})
-    found = [form for form in FORMATS if row.cells.keys() >= {*form}]
-    if not found and prompts and "prompt" in row.cells:
-        return "prompts alone", [row.feedback(row.prompt("prompt"), "")]
-    if not found:
+    form = next((form for form in FORMATS if row.cells.keys() >= {*form}), None)
+    if form:
+        name, examples = ", ".join(form), FORMATS[form](row)
+    elif prompts and "prompt" in row.cells:
+        name, examples = "prompts alone", [row.feedback(row.prompt("prompt"), "")]
+    else:
         known = "; ".join(" + ".join(form) for form in FORMATS)
-        row.fail(f"unknown format with columns {list(row.cells)} (null is none); known: {known}")
-    found = found[0]
-    name = ", ".join(found)
-    examples = FORMATS[found](row)
-    if isinstance(examples[0], Pair):
-        return name, examples
-    if scored == "pairs":                            # then scores are what counts, not labels
-        if "label" in found and "reward" in row.cells:
-            score = row.number(row.cells["reward"], "reward")
-            examples = [replace(examples[0], score=score)]
-    elif "label" not in found:
+        row.fail(f"unknown format with columns {list(row.cells)} (null is none); known: {known}. "
+                 "--columns prompt=question says that the file calls the prompt question")
+    single = bool(form) and "chosen" not in form
+    if single and scored == "pairs":                 # then scores are what counts, not labels
+        if "label" in form and "reward" in row.cells:
+            examples = [replace(examples[0], score=row.number(row.cell("reward")))]
+    elif single and "label" not in form:
         if threshold is None:
             row.fail("scored rows need --threshold NUMBER (desirable: reward > NUMBER)")
         examples = [replace(e, desirable=e.score > threshold) for e in examples]
-    return name, examples
-
-
-def records(name):
-    """(where, JSON object) of every row of a file, or of a hub dataset if there is no such file."""
-    file = Path(name)
-    hub = re.fullmatch(r"([\w.-]+/[\w.-]+)(?::(.+))?", str(name))
-    if not file.exists() and hub and file.suffix not in (".json", ".jsonl", ".parquet"):
-        return _hub_rows(*hub.groups(default="train"))
-    if not file.is_file():
-        raise SystemExit(f"--data {file}: no such file")
-    content = file.read_bytes()
-    if content[:4] == b"PAR1" or file.suffix == ".parquet":
-        return _parquet_rows(file)
-    try:
-        text = content.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise SystemExit(f"--data {file}: not UTF-8 at byte {error.start}")
-    if text.lstrip()[:1] == "[":
-        return _numbered(f"{file}: record", _from_json(text, file))
-    # Not splitlines(): that also breaks at form feeds and at U+0085, which occur inside strings.
-    lines = _numbered(f"{file}: line", text.split("\n"))
-    return ((where, _from_json(line, where)) for where, line in lines if line.strip())
-
-
-def _from_json(text, where):
-    try:
-        return json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise SystemExit(f"--data {where}: broken JSON ({one_line(error)})")
-
-
-def _parquet_rows(file):
-    try:
-        import pyarrow.parquet
-        rows = pyarrow.parquet.read_table(file).to_pylist()
-    except Exception as error:           # not installed, not parquet, written by half
-        raise SystemExit(f"--data {file}: no readable parquet file ({one_line(error)})")
-    return _numbered(f"{file}: row", rows)
-
-
-def _hub_rows(name, split):
-    try:
-        import datasets
-        rows = datasets.load_dataset(name, split=split)
-    except Exception as error:           # not installed, offline, no such dataset, no such split
-        raise SystemExit(f"--data {name}: no such file, and split {split!r} does not come from "
-                         f"the Hugging Face hub either ({one_line(error)})")
-    return _numbered(f"{name}:{split}: row", rows)
-
-
-def _numbered(name, rows):
-    for number, row in enumerate(rows, 1):
-        yield f"{name} {number}", row
-
-
-def one_line(error):
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+    return name, examples, [*row.unused]
 
 
 # --- pairs and labels from each other, and words about examples -----------------------------------
@@ -179,8 +137,9 @@ def to_feedback(examples):
         if isinstance(e, Feedback):
             feedback.append(e)
         else:
-            feedback.append(Feedback(e.prompt, e.chosen, True, e.whole, e.where))
-            feedback.append(Feedback(e.prompt, e.rejected, False, e.whole, e.where))
+            for answer, label in ((e.chosen, True), (e.rejected, False)):
+                feedback.append(Feedback(e.prompt, answer, label, e.whole, e.where,
+                                         weight=e.weight))
     return feedback
 
 
@@ -188,7 +147,7 @@ def pairs_from_scores(examples):
     """(pairs, Counter): of the responses to one prompt the best with the worst, and so on inwards.
 
     Scores 5, 3, 2, 1, 0 make the pairs (5, 0) and (3, 1); 2 is left over. Equal scores are a tie,
-    which says nothing and is dropped.
+    which says nothing and is dropped. Of two weights a pair has the smaller one.
     """
     counts = Counter({"scored responses": len(examples)})
     by_prompt = {}
@@ -206,7 +165,8 @@ def pairs_from_scores(examples):
                 counts["ties dropped"] += 1
                 continue
             pairs.append(Pair(prompt, best.completion, worst.completion, best.score, worst.score,
-                              whole=best.whole and worst.whole, where=best.where))
+                              whole=best.whole and worst.whole, where=best.where,
+                              weight=min(best.weight, worst.weight)))
     return pairs, +counts
 
 
@@ -245,11 +205,13 @@ def cut_hint(examples, add_eot):
 # --- a record and its cells -----------------------------------------------------------------------
 
 ALIASES = {"conversations": "messages", "text": "completion", "response": "completion",
-           "score": "reward", "kto_tag": "label"}
+           "output": "completion", "score": "reward", "kto_tag": "label"}
 NUMBERS = ("score_chosen", "score_rejected", "win_prob_chosen", "win_prob_rejected")
-OPTIONAL = (*NUMBERS, "target", "segment", "system", "input", "history", *ALIASES)
-ROLES = {"human": "user", "gpt": "assistant", "user": "user", "assistant": "assistant",
-         "system": "system", "tool": "tool", "function_call": "assistant", "observation": "tool"}
+OPTIONAL = (*NUMBERS, "weight", "target", "segment", "system", "input", "history", *ALIASES)
+NOT_TEXTS = ("label", "reward", "weight", "segment", "truncated", *NUMBERS)
+ROLES = {"user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant",
+         "bot": "assistant", "function_call": "assistant", "system": "system",
+         "developer": "system", "tool": "tool", "observation": "tool"}
 
 
 class Record:
@@ -257,36 +219,59 @@ class Record:
 
     def __init__(self, record, where, columns):
         self.where = where
+        self.names = dict(columns)                           # ours -> the file's
+        self.column = ""                                     # the one being read, by our name
         if not isinstance(record, dict):
             self.fail(f"expected a JSON object, got {type(record).__name__}")
-        renamed = dict(record)
+        self.csv = isinstance(record, CsvRow)
+        cells = dict(record)
         for ours, theirs in columns.items():
             if theirs not in record:
                 self.fail(f"--columns {ours}={theirs}, but the row has {list(record)}")
-            renamed[ours] = record[theirs]
-        self.cells = {name: value for name, value in renamed.items() if value is not None}
+            cells[ours] = record[theirs]
+        self.cells = {name: value for name, value in cells.items() if value is not None}
+        self.unused = {name: True for name in record if name in self.cells}
         for theirs, ours in ALIASES.items():
-            if theirs in self.cells:
-                self.cells.setdefault(ours, self.cells[theirs])
-        cut = self.cells.get("truncated") is True or self.cells.get("finish_reason") == "length"
+            if theirs in self.cells and ours not in self.cells:
+                self.cells[ours] = self.cells[theirs]
+                self.names[ours] = self.names.get(theirs, theirs)
+        cut = self.cell("truncated") is True or self.cell("finish_reason") == "length"
         self.whole = not cut
+
+    def cell(self, name, default=None):
+        """The value of a column, which complaints from here on will name."""
+        self.column = name
+        self.unused.pop(self.names.get(name, name), None)
+        value = self.cells.get(name, default)
+        if self.csv and name in NOT_TEXTS:
+            value = plain(value)
+        return value
 
     def fail(self, message):
         raise SystemExit(f"{self.where}: {message}")
 
+    def refuse(self, value, expected):
+        """Complain about what was found in the column that is being read."""
+        theirs = self.names.get(self.column, self.column)
+        self.fail(f"column {theirs}: expected {expected}, got {repr(value)[:60]} "
+                  f"(--columns {self.column}=NAME reads another)")
+
     def feedback(self, prompt, response, desirable=None, score=None):
-        return Feedback(self.with_system(prompt), self.answer(response), desirable,
-                        self.whole, self.where, score)
+        weight = self.number(self.cell("weight", 1.0), least=0)
+        return Feedback(self.with_system(prompt), response, desirable, self.whole, self.where,
+                        score, weight)
 
     def pair(self, prompt, chosen, rejected):
         """A pair, with whatever else the row says of it."""
-        more = {name: self.number(self.cells[name], name) for name in NUMBERS if name in self.cells}
+        sides = self.answer("chosen", chosen), self.answer("rejected", rejected)
+        more = {name: self.number(self.cell(name)) for name in NUMBERS if name in self.cells}
         if "target" in self.cells:
-            more["target"] = self.answer(self.cells["target"])
+            more["target"] = self.answer("target")
         if "segment" in self.cells:
-            more["segment"] = self.segment(self.cells["segment"])
-        return Pair(self.with_system(prompt), self.answer(chosen), self.answer(rejected),
-                    whole=self.whole, where=self.where, **more)
+            more["segment"] = self.segment(self.cell("segment"))
+        weight = self.number(self.cell("weight", 1.0), least=0)
+        return Pair(self.with_system(prompt), *sides, whole=self.whole, where=self.where,
+                    weight=weight, **more)
 
     def segment(self, value):
         """{"start": 0, "end": 2} -> (0, 2)"""
@@ -294,42 +279,45 @@ class Record:
             start, end = value.get("start"), value.get("end")
             if type(start) is int and type(end) is int and 0 <= start < end:
                 return start, end
-        self.fail(f"segment is {value}; expected {{\"start\": 0, \"end\": 2}}: the assistant's "
-                  "turns from 0, end excluded")
+        self.refuse(value, 'the assistant\'s turns from 0, end excluded: {"start": 0, "end": 2}')
 
     def label(self):
         """Strictly true/false, 1/0 or +1/-1: a guess from text would one day guess wrong."""
-        value = self.cells["label"]
+        value = self.cell("label")
         if not isinstance(value, int) or value not in (-1, 0, 1):
-            self.fail(f"label is {value!r}; valid are true, false, 1, 0, -1")
+            self.refuse(value, "true, false, 1, 0 or -1")
         return value == 1
 
-    def number(self, value, column):
+    def number(self, value, least=-1e300):
         numeric = isinstance(value, (int, float)) and not isinstance(value, bool)
-        if not numeric or not abs(value) < 1e300:            # NaN is not less than anything
-            self.fail(f"{column} is {str(value)[:40]!r}; expected a finite number")
+        if not numeric or not least <= value < 1e300:        # NaN is not less than anything
+            self.refuse(value, "a finite number" + " of 0 or more" * (least == 0))
         return float(value)
 
     def text(self, value):
         if not isinstance(value, str) or re.search("[\ud800-\udfff]", value):
-            self.fail(f"{str(value)[:60]!r} is not a text")      # or half of a surrogate pair
+            self.refuse(value, "a text")                     # or half of a surrogate pair
         return value
 
     def prompt(self, column):
         """A text or a conversation."""
-        value = self.cells[column]
+        value = self.cell(column)
         return self.text(value) if isinstance(value, str) else self.turns(value)
 
-    def answer(self, value):
-        """A text, or the text of one assistant message; else a tuple of turns."""
+    def answer(self, column, value=None):
+        """A text, or the text of one assistant message; else a tuple of turns. [] is no text."""
+        cell = self.cell(column)
+        value = cell if value is None else value
         if isinstance(value, str):
             return self.text(value)
+        if value == []:
+            return ""
         if isinstance(value, dict):
             value = [value]
         turns = value if isinstance(value, tuple) else self.turns(value)
         if not turns or turns[0].role != "assistant" or turns[-1].role != "assistant":
-            self.fail("a response must be a text, or messages from the assistant's to the "
-                      f"assistant's; got roles {[turn.role for turn in turns]}")
+            self.refuse([turn.role for turn in turns],
+                        "a text, or messages whose first and last role is the assistant's")
         if len(turns) > 1 or turns[0].more:
             return turns
         return turns[0].content
@@ -337,30 +325,48 @@ class Record:
     def turns(self, messages):
         """Messages, {role, content} or LLaMA-Factory's {from, value}, as a tuple of turns."""
         if not isinstance(messages, list) or not messages:
-            self.fail("expected a text or a list of messages")
+            self.refuse(messages, "a text or a list of messages")
         return tuple(self.turn(message) for message in messages)
 
     def turn(self, message):
         if not isinstance(message, dict):
-            self.fail("expected a message, an object with a role and a content")
+            self.refuse(message, "a message, an object with a role and a content")
         role = message.get("role") or message.get("from")
-        if not isinstance(role, str) or role not in ROLES:
-            self.fail(f"the role of a message is {role!r}; valid are {', '.join(ROLES)}")
+        if str(role).lower() not in ROLES:
+            self.refuse(role, f"a role: {', '.join(ROLES)}")
         content = message.get("content")
         if content is None:
             content = message.get("value")
+        if isinstance(content, list):
+            content = "".join(self.part(part) for part in content)
         keys = ("tool_calls", "tool_call_id", "name")
         more = {key: message[key] for key in keys if message.get(key)}
-        if not more:
-            return Turn(ROLES[role], self.text(content))
         if content is None and "tool_calls" in more:
             content = ""
-        more = json.dumps(more, ensure_ascii=False)
-        return Turn(ROLES[role], self.text(content), self.text(more))
+        written = json.dumps(more, ensure_ascii=False) if more else ""
+        return Turn(ROLES[role.lower()], self.text(content), self.text(written))
+
+    def part(self, part):
+        """The text of {"type": "text", "text": "Why?"}."""
+        if not isinstance(part, dict) or part.get("type", "text") != "text":
+            self.refuse(part, "messages of text alone")
+        return self.text(part.get("text"))
+
+    def chat(self, column):
+        """Messages, or hh-rlhf's one text: Human: Why? Assistant: No."""
+        value = self.cell(column)
+        if not isinstance(value, str):
+            return self.turns(value)
+        before, *parts = re.split("\n\n(Human|Assistant):", "\n\n" + value.lstrip("\n"))
+        roles = [ROLES[name.lower()] for name in parts[::2]]
+        if before or not roles or roles != ["user", "assistant"] * (len(roles) // 2):
+            self.refuse(value, r"messages, or \n\nHuman: ...\n\nAssistant: ... in turn, or beside "
+                        f"it a column prompt; its roles are {roles}")
+        return tuple(Turn(role, self.text(text.strip())) for role, text in zip(roles, parts[1::2]))
 
     def with_system(self, prompt):
         """A system column makes a conversation of the prompt, and is its first turn."""
-        system = self.cells.get("system")
+        system = self.cell("system")
         if not system:
             return prompt
         if isinstance(prompt, str):
@@ -370,48 +376,46 @@ class Record:
         return (Turn("system", self.text(system)), *prompt)
 
 
+def plain(text):
+    """A cell of a CSV file that is not meant as a text: "0.5" -> 0.5, "True" -> True."""
+    try:
+        return json.loads({"True": "true", "False": "false"}.get(text, text))
+    except (TypeError, ValueError):
+        return text
+
+
 # --- the formats: columns -> function of a Record -> examples -------------------------------------
 
-def labelled_text(row):
-    return [row.feedback(row.prompt("prompt"), row.cells["completion"], row.label())]
+def labelled(row):
+    return [row.feedback(_prompt(row), row.answer("completion"), row.label())]
 
 
 def labelled_messages(row):
     """A conversation: its last turn is what the label is about."""
-    turns = row.turns(row.cells["messages"])
-    return [row.feedback(turns[:-1], turns[-1:], row.label())]
+    turns = row.turns(row.cell("messages"))
+    return [row.feedback(turns[:-1], row.answer("messages", turns[-1:]), row.label())]
 
 
-def labelled_alpaca(row):
-    return [row.feedback(_alpaca_prompt(row), row.cells["output"], row.label())]
+def scored(row):
+    score = row.number(row.cell("reward"))
+    return [row.feedback(_prompt(row), row.answer("completion"), score=score)]
 
 
-def scored_text(row):
-    score = row.number(row.cells["reward"], "reward")
-    return [row.feedback(row.prompt("prompt"), row.cells["completion"], score=score)]
-
-
-def scored_texts(row):
-    prompt = row.prompt("prompt")
-    responses, scores = row.cells["responses"], row.cells["scores"]
+def scored_lists(row):
+    prompt, scores, responses = _prompt(row), row.cell("scores"), row.cell("responses")
     lists = isinstance(responses, list) and isinstance(scores, list)
-    if not lists or len(responses) != len(scores) or not responses:
-        row.fail("responses and scores must be two lists of one length")
-    return [row.feedback(prompt, response, score=row.number(score, "scores"))
+    if not lists or len(responses) != len(scores):
+        row.refuse(responses, f"a list as long as scores, {scores!r:.60}")
+    return [row.feedback(prompt, row.answer("responses", response), score=row.number(score))
             for response, score in zip(responses, scores)]
 
 
 def paired(row):
     """Both sides may be whole chats that begin with the prompt again (UltraFeedback)."""
-    if "prompt" in row.cells:
-        prompt = row.prompt("prompt")
-    elif "messages" in row.cells:
-        prompt = row.prompt("messages")
-    else:
-        prompt = _alpaca_prompt(row)
-    chosen, rejected = row.cells["chosen"], row.cells["rejected"]
+    prompt = _prompt(row)
+    chosen, rejected = row.cell("chosen"), row.cell("rejected")
     if isinstance(chosen, list) and isinstance(rejected, list):
-        chosen, rejected = row.turns(chosen), row.turns(rejected)
+        chosen, rejected = row.chat("chosen"), row.chat("rejected")
         start = (Turn("user", prompt),) if isinstance(prompt, str) else prompt
         again = chosen[:len(start)] == rejected[:len(start)] == start
         if again and start[0].role != "assistant":
@@ -421,20 +425,23 @@ def paired(row):
 
 def whole_chats(row):
     """The turns that both chats share are the prompt. Of texts it is never a common beginning."""
-    chosen, rejected = row.turns(row.cells["chosen"]), row.turns(row.cells["rejected"])
-    return [row.pair(*_split(chosen, rejected))]
+    return [row.pair(*_split(row.chat("chosen"), row.chat("rejected")))]
 
 
-def _alpaca_prompt(row):
-    """LLaMA-Factory's instruction, input and history, a list of [question, answer]."""
+def _prompt(row):
+    """Of the columns prompt or messages, or LLaMA-Factory's instruction, input and history."""
+    for column in ("prompt", "messages"):
+        if column in row.cells:
+            return row.prompt(column)
     turns = []
-    for exchange in row.cells.get("history", []):
+    for exchange in row.cell("history", []):
         if not isinstance(exchange, list) or len(exchange) != 2:
-            row.fail("history must be a list of [question, answer]")
+            row.refuse(exchange, "a list of [question, answer]")
         turns += [Turn("user", row.text(exchange[0])), Turn("assistant", row.text(exchange[1]))]
-    question = row.text(row.cells["instruction"])
-    if row.cells.get("input"):
-        question += "\n" + row.text(row.cells["input"])
+    question = row.text(row.cell("instruction"))
+    more = row.cell("input")
+    if more:
+        question += "\n" + row.text(more)
     return (*turns, Turn("user", question))
 
 
@@ -459,8 +466,8 @@ FORMATS = {
     ("instruction", "chosen", "rejected"): paired,
     ("chosen", "rejected"): whole_chats,
     ("messages", "label"): labelled_messages,
-    ("prompt", "completion", "label"): labelled_text,
-    ("instruction", "output", "label"): labelled_alpaca,
-    ("prompt", "completion", "reward"): scored_text,
-    ("prompt", "responses", "scores"): scored_texts,
+    ("prompt", "completion", "label"): labelled,
+    ("instruction", "completion", "label"): labelled,
+    ("prompt", "completion", "reward"): scored,
+    ("prompt", "responses", "scores"): scored_lists,
 }

@@ -20,7 +20,7 @@ import torch.nn as nn
 from safetensors.torch import load_file
 
 from model import GPT, Policy
-from plumbing.formats import one_line
+from plumbing.files import one_line
 from plumbing.kernels import compile_head, fuse
 
 SIXTEEN_BITS = (torch.bfloat16, torch.float16)

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import tiktoken
 
-from plumbing.formats import one_line
+from plumbing.files import one_line
 
 EOT = "<|endoftext|>"
 NOBODY = -1                     # in place of a turn's index: text that the template wrote

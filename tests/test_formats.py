@@ -1,4 +1,6 @@
 """Every format reads as what it says, and what cannot be read is one line that names its row."""
+import csv
+import gzip
 import json
 import sys
 import types
@@ -32,6 +34,9 @@ TOOLS = [{**user("Q"), "name": "Ann"}, says(None, tool_calls=CALLS),
 TOOL_TURNS = (Turn("user", "Q", '{"name": "Ann"}'), Turn("assistant", "", CALL),
               Turn("tool", "R", '{"tool_call_id": "7"}'))
 BOTH = {"chosen": "A", "rejected": "B"}
+PARTS = [{"type": "text", "text": "A"}, {"text": "B"}]
+HH = "\n\nHuman: Q\n\nAssistant: a\n\nHuman: b?\nPlease, Human: b\n\nAssistant:"
+HH_TURNS = (TURNS[1], *GOES_ON[:1], Turn("user", "b?\nPlease, Human: b"))
 
 ROWS = [                                                     # a row, what it becomes
     (TEXT, Feedback("Q", "A", True)),
@@ -39,6 +44,13 @@ ROWS = [                                                     # a row, what it be
     ({"prompt": "Q", "response": "A", "kto_tag": -1}, Feedback("Q", "A", False)),
     ({**TEXT, "truncated": True}, Feedback("Q", "A", True, whole=False)),
     ({**TEXT, "finish_reason": "length"}, Feedback("Q", "A", True, whole=False)),
+    ({**TEXT, "weight": 2}, Feedback("Q", "A", True, weight=2.0)),
+    ({"prompt": [{"role": "Developer", "content": "S"}, {"from": "HUMAN", "value": "Q"}],
+      "completion": [{"role": "bot", "content": PARTS}], "label": 0}, Feedback(TURNS, "AB", False)),
+    ({"prompt": "Q", **BOTH, "rejected": [], "weight": 0}, Pair("Q", "A", "", weight=0.0)),
+    ({"chosen": HH + " c", "rejected": HH + " x \n"}, Pair(HH_TURNS, "c", "x")),         # hh-rlhf
+    ({"chosen": HH + " c", "rejected": "\n\nHuman: Q\n\nAssistant: x"},
+     Pair(TURNS[1:], GOES_ON[:1] + HH_TURNS[2:] + GOES_ON[2:], "x")),
     ({**TEXT, "system": "S", "chosen": None}, Feedback(TURNS, "A", True)),
     ({"prompt": CHAT, "completion": LONG, "label": 1}, Feedback(TURNS, GOES_ON, True)),
     ({"messages": TOOLS, "label": True}, Feedback(TOOL_TURNS, "A", True)),
@@ -92,7 +104,9 @@ def test_every_format_reads_alike_from_lines_an_array_and_parquet(tmp_path):
         write(lines, row, row)
         array.write_text(json.dumps([row, row], indent=1))
         named = {lines: ("line 1", "line 3"), array: ("record 1", "record 2")}
-        if not {"history", "completion", "messages"} & set(row):        # lists of one type only
+        one_type = not any(isinstance(row.get(name), list) for name in
+                           ("history", "completion", "messages", "prompt", "rejected"))
+        if one_type or row.get("prompt") == CHAT:            # parquet's lists have one type
             parquet.write_table(Table.from_pylist([row, row]), table)
             named[table] = ("row 1", "row 2")
         for file, rows in named.items():
@@ -102,7 +116,7 @@ def test_every_format_reads_alike_from_lines_an_array_and_parquet(tmp_path):
 
 
 def test_every_format_of_the_table_is_among_these_examples():
-    _, examples = formats.parse(MANY, threshold=1)
+    examples = formats.parse(MANY, threshold=1)[1]
     assert examples == [Feedback("Q", "A", True, score=2.0), Feedback("Q", "B", False, score=0.5)]
     seen = {formats.parse(row, threshold=1.0)[0] for row, _ in [*ROWS, (MANY, None)]}
     assert seen == {", ".join(columns) for columns in FORMATS}
@@ -124,7 +138,8 @@ def test_a_prompt_alone_is_read_only_where_that_is_asked_for(tmp_path):
                         ({"prompt": "Q", "completion": "A", "chosen": None}, "Q")]:
         write(path, row)
         wanted = [Feedback(prompt, "", None, where=f"{path}: line 1")]
-        assert read(path, prompts=True) == (wanted, "prompts alone")
+        found, name = read(path, prompts=True)
+        assert found == wanted and name.startswith("prompts alone")
         assert f"{path}: line 1: " in complaint(path)
 
 
@@ -142,12 +157,16 @@ BAD_ROWS = [
     {"prompt": "Q", "chosen": [user("other"), says("A")], "rejected": [user("other"), says("B")]},
     {"instruction": ["Q"], "output": "A", "label": True},
     {"instruction": "Q", "output": "A", "label": True, "history": [["q"]]},
+    *({**TEXT, "weight": weight} for weight in [-1, "2", True, float("inf")]),
+    *({"chosen": text, "rejected": HH} for text in [                     # not by turns
+        "", "Hello" + HH, HH[:-11], "\n\nAssistant: A" + HH, HH + "\n\nHuman: Q"]),
+    {**TEXT, "completion": [says([{"type": "image", "url": "x"}])]},
     *({"messages": messages, "label": 1} for messages in [
         CHAT, "Q", [], ["A"], [{"role": ["user"], "content": "A"}], [says(None)]]),
 ]
 BAD_SCORES = [{"reward": x} for x in ["high", True, None, float("nan"), 1e999, 10 ** 400]]
 BAD_SCORES += [{"responses": responses, "scores": scores} for responses, scores in [
-    (["A"], [1, 2]), ("A", [1]), ([], []), (["A"], ["1"])]]
+    (["A"], [1, 2]), ("A", [1]), ([], 1), (["A"], ["1"])]]
 
 
 def test_a_bad_row_is_one_line_that_names_file_and_row(tmp_path):
@@ -185,6 +204,70 @@ def test_line_separators_inside_a_string_do_not_split_a_line(tmp_path):
         assert examples[1].where == f"{path}: line 2"
 
 
+def test_packed_files_csv_and_a_folder_of_save_to_disk_read_like_the_lines(tmp_path):
+    from pyarrow import Table, ipc
+    rows = [{**TEXT, "prompt": 'a, "b"\n\u2028c', "weight": 0.5},
+            {**TEXT, "prompt": "12", "completion": "true", "label": False, "weight": 2.0}]
+    wanted = [(e.prompt, e.completion, e.desirable, e.weight)
+              for e in read(write(tmp_path / "f.jsonl", *rows))[0]]
+    array = tmp_path / "f.json"
+    array.write_text("\n" + json.dumps(rows))
+    with open(tmp_path / "f.csv", "w", newline="", encoding="utf-8-sig") as file:
+        sheet = csv.DictWriter(file, rows[0])
+        sheet.writeheader()
+        sheet.writerows(rows)
+    folder = tmp_path / "saved"
+    folder.mkdir()
+    names = ["data-00000-of-00002.arrow", "data-00001-of-00002.arrow"]
+    for name, row in zip(names, rows):
+        table = Table.from_pylist([row])
+        with ipc.new_stream(folder / name, table.schema) as stream:
+            stream.write_table(table)
+    state = {"_data_files": [{"filename": name} for name in names]}
+    (folder / "state.json").write_text(json.dumps(state))
+    files = [array, tmp_path / "f.csv", folder]
+    for file in (tmp_path / "f.jsonl", *files[:2]):
+        files.append(tmp_path / (file.name + ".gz"))
+        files[-1].write_bytes(gzip.compress(file.read_bytes()))
+    for file in files:
+        found = [(e.prompt, e.completion, e.desirable, e.weight) for e in read(file)[0]]
+        assert found == wanted, file
+    assert read(folder)[0][1].where == f"{folder}: row 2"
+    files[-1].write_bytes(files[-1].read_bytes()[:-9])                   # packed by half
+    (tmp_path / "f.csv").write_text("prompt,completion,label\nQ,A,1\nQ,A\n")
+    (folder / names[1]).unlink()
+    for file in (tmp_path / "f.csv", folder, files[-1], tmp_path):
+        assert complaint(file).startswith(f"--data {file}: cannot be read")
+
+
+def test_a_complaint_names_the_flag_the_column_of_the_file_and_what_stands_there(tmp_path):
+    row = {"question": "Q", "answer": [{"role": "boss"}], "good": "yes"}
+    path = write(tmp_path / "f.jsonl", row)
+    assert complaint(tmp_path / "none", flag="--eval_data").startswith("--eval_data ")
+    for columns, named in [
+            ({}, ["question", "--columns"]), ({"prompt": "ask"}, ["--columns prompt=ask", "good"]),
+            ({"prompt": "question", "completion": "answer", "label": "good"},
+             ["column answer", "'boss'", "bot", "--columns completion="]),
+            ({"prompt": "question", "completion": "question", "label": "good"},
+             ["column good", "'yes'", "true", "--columns label="])]:
+        found = complaint(path, columns=columns)
+        assert [part for part in named if part not in found] == [], found
+
+
+def test_columns_that_are_ignored_are_named_once_and_rows_without_answers_counted(tmp_path):
+    rows = [{**TEXT, "id": i, "Q": None, "text": "B"} for i in range(3)]
+    rows.append({"prompt": "Q", "responses": [], "scores": [], "split": "x"})
+    examples, name = read(write(tmp_path / "f.jsonl", *rows), threshold=0.0)
+    assert len(examples) == 3
+    assert name == ("prompt, completion, label, prompt, responses, scores; dropped: 1 rows without "
+                    "an answer; ignored columns: id, text, split")
+    name = read(write(tmp_path / "f.jsonl", {**TEXT, "reward": 1}))[1]
+    assert name.endswith("; ignored columns: reward")
+    columns = {"completion": "text", "prompt": "Q"}
+    name = read(write(tmp_path / "f.jsonl", {**TEXT, "text": "A", "Q": "Q"}), columns=columns)[1]
+    assert name.endswith("; ignored columns: prompt, completion")
+
+
 def test_pairs_and_single_responses_do_not_mix(tmp_path):
     first = write(tmp_path / "a.jsonl", TEXT)
     second = write(tmp_path / "b.jsonl", {"prompt": "Q", **BOTH})
@@ -195,24 +278,26 @@ def test_pairs_and_single_responses_do_not_mix(tmp_path):
 
 
 def test_a_name_that_is_no_file_is_a_hub_dataset(tmp_path, monkeypatch):
-    def load(name, split):
-        return [{**TEXT, "prompt": f"{name} {split}", "reward": None}]
+    def load(name, configuration, split):
+        return [{**TEXT, "prompt": f"{name} {configuration} {split}", "reward": None}]
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setitem(sys.modules, "datasets", types.SimpleNamespace(load_dataset=load))
-    wanted = Feedback("org/name train", "A", True, where="org/name:train: row 1")
+    wanted = Feedback("org/name None train", "A", True, where="org/name: train row 1")
     assert read("org/name")[0] == [wanted]
-    assert read(["org/name:test[:5%]"])[0][0].prompt == "org/name test[:5%]"
-    for name in ("org/name.jsonl", "name", "a/b/c"):
+    for name, asked in {"org/name:test[:5%]": "org/name None test[:5%]",
+                        "org/name/en-1.0:test": "org/name en-1.0 test"}.items():
+        assert read([name])[0][0].prompt == asked
+    for name in ("org/name.jsonl", "name", "a/b/c/d", "x" * 5000, "nul\0"):
         assert complaint(name) == f"--data {name}: no such file"
     monkeypatch.setitem(sys.modules, "datasets", None)                  # not installed
     assert "--data org/other: no such file" in complaint("org/other")
 
 
 def test_a_pair_becomes_a_desirable_and_an_undesirable_response_to_the_same_prompt():
-    pair = Pair("The sky", " is blue", " is", whole=False, where="w")   # both stay "cut"
-    assert to_feedback([pair]) == [Feedback("The sky", " is blue", True, False, "w"),
-                                   Feedback("The sky", " is", False, False, "w")]
+    pair = Pair("The sky", " is blue", " is", whole=False, where="w", weight=3)
+    assert to_feedback([pair]) == [Feedback("The sky", " is blue", True, False, "w", weight=3),
+                                   Feedback("The sky", " is", False, False, "w", weight=3)]
 
 
 def test_scored_responses_pair_the_best_with_the_worst_and_ties_and_odd_ones_are_counted():
@@ -224,8 +309,9 @@ def test_scored_responses_pair_the_best_with_the_worst_and_ties_and_odd_ones_are
     assert pairs == [Pair("P", "P5.0", "P0.0", 5.0, 0.0, where="row 5"),
                      Pair("P", "P3.0", "P1.0", 3.0, 1.0, where="row 1")]
     assert counts == {"scored responses": 8, "left over": 2, "ties dropped": 1}    # P's 2, and R
-    scored[3] = replace(scored[3], whole=False)
-    assert [pair.whole for pair in pairs_from_scores(scored)[0]] == [False, True]
+    scored[3] = replace(scored[3], whole=False, weight=0.5)
+    pairs = pairs_from_scores(scored)[0]
+    assert [(pair.whole, pair.weight) for pair in pairs] == [(False, 0.5), (True, 1)]
     with pytest.raises(SystemExit, match="here: "):
         pairs_from_scores([Feedback("P", "A", True, where="here")])
 

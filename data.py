@@ -32,23 +32,29 @@ from plumbing.formats import Feedback, Pair, Turn, final_text
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One sequence: prompt ++ response. Its arrays cannot be written to."""
-    ids: np.ndarray                     # (T,) int32
+    """One sequence: prompt ++ response. Its arrays cannot be written to: rows share them."""
+    prompt: np.ndarray                  # (P,) int32
+    response: np.ndarray                # (T - P,) int32
     mask: np.ndarray                    # (T,) float32, > 0 on the tokens that count
-    n_prompt: int
     desirable: bool | None = True       # None: a prompt alone
     where: str = ""                     # file and row, for messages
     score: float | None = None          # of the response, where a pair has scores
     win_prob: float | None = None
+    weight: float = 1.0                 # of its example's loss
+
+    @property
+    def ids(self):
+        """(T,) int32"""
+        return np.concatenate((self.prompt, self.response))
+
+    @property
+    def n_prompt(self):
+        return len(self.prompt)
 
     @property
     def prompt_key(self):
         """What the model sees of the prompt: prompts cut to the same tokens are the same."""
-        return self.ids[:self.n_prompt].tobytes()
-
-    @property
-    def response(self):
-        return self.ids[self.n_prompt:]
+        return self.prompt.tobytes()
 
     @property
     def length(self):
@@ -57,18 +63,41 @@ class Row:
 
 
 def make_row(prompt, response, *, desirable=True, where="", train_prompt=False, score=None,
-             win_prob=None, trained=None):
+             win_prob=None, weight=1.0, trained=None):
     """A row from token ids. trained: a weight for each token of the response, 1 if None."""
-    ids = np.array([*prompt, *response], dtype=np.int32)
-    mask = np.ones(len(ids), np.float32)
-    if trained is not None:
-        mask[len(prompt):] = trained
-    if not train_prompt:
-        mask[:len(prompt)] = 0
-    mask[:1] = 0                        # nothing predicts the very first token
+    prompt, response = frozen(prompt), frozen(response)
+    n = len(prompt)
+    mask = response_mask(n, len(response))
+    if train_prompt or not n or not (trained is None or np.all(np.equal(trained, 1))):
+        mask = mask.copy()
+        mask[:n] = train_prompt
+        if trained is not None:
+            mask[n:] = trained
+        mask[:1] = 0                    # nothing predicts the very first token
+        mask.setflags(write=False)
+    return Row(prompt, response, mask, desirable, where, score, win_prob, weight)
+
+
+def frozen(ids):
+    """Token ids as an array that cannot be written to; such an array is not copied."""
+    if isinstance(ids, np.ndarray) and ids.dtype == np.int32 and not ids.flags.writeable:
+        return ids
+    ids = np.array(ids, dtype=np.int32)
     ids.setflags(write=False)
+    return ids
+
+
+def response_mask(n_prompt, n_response):
+    """0 0 0 1 1 1 1: part of one long array, because nearly all rows have such a mask."""
+    size = 1 << max(n_prompt, n_response).bit_length()
+    return zeros_then_ones(size)[size - n_prompt:size + n_response]
+
+
+@lru_cache
+def zeros_then_ones(size):
+    mask = np.repeat(np.float32([0, 1]), size)
     mask.setflags(write=False)
-    return Row(ids, mask, len(prompt), desirable, where, score, win_prob)
+    return mask
 
 
 # --- examples to units ----------------------------------------------------------------------------
@@ -97,7 +126,7 @@ def encode(examples, tokenizer, *, max_len=1024, max_prompt_len=512, add_eot=Tru
     _check(max_len, max_prompt_len, turns)
     units = []
     counts = Counter(read=0, desirable=0, undesirable=0)
-    for example in examples:
+    for example in tokenizer.read_ahead(examples):
         counts["read"] += 1
         sides = _sides(example)
         try:
@@ -108,16 +137,18 @@ def encode(examples, tokenizer, *, max_len=1024, max_prompt_len=512, add_eot=Tru
             counts["dropped: empty response"] += 1
             continue
         prompt = _cut_left(prompt, min(max_prompt_len, max_len - 1), tokenizer.bos, counts)
+        prompt = frozen(prompt)                               # one for all sides
         room = max_len - len(prompt)
         unit = []
         for side, (ids, weights) in zip(sides, responses):
             counts["response cut from the right"] += len(ids) > room
             unit.append(make_row(prompt, ids[:room], trained=weights[:room], where=example.where,
                                  train_prompt=train_prompt, desirable=side.desirable,
-                                 score=side.score, win_prob=side.win_prob))
+                                 score=side.score, win_prob=side.win_prob,
+                                 weight=example.weight))
         if not all(row.mask.any() for row in unit):
             counts["dropped: nothing left to train"] += 1
-        elif len(unit) > 1 and np.array_equal(unit[0].ids, unit[1].ids):
+        elif len(unit) > 1 and np.array_equal(unit[0].response, unit[1].response):
             counts["dropped: chosen is rejected"] += 1
         else:
             units.append(tuple(unit))
@@ -243,12 +274,13 @@ def _cut_left(prompt, room, bos, counts):
 
 
 def _count(units, counts):
-    """Labels, duplicates and prompts, as the model sees them."""
+    """Labels, duplicates and prompts, as the model sees them. Texts are known by their hashes."""
     seen = set()
     labels = {}                                           # of each prompt
     for unit in units:
         row = unit[0]
-        of_prompt = labels.setdefault(row.prompt_key, set())
+        prompt = hash(row.prompt_key)
+        of_prompt = labels.setdefault(prompt, set())
         if len(unit) > 1:
             counts["pairs"] += 1
         elif row.desirable is None:
@@ -257,9 +289,12 @@ def _count(units, counts):
             label = "desirable" if row.desirable else "undesirable"
             counts[label] += 1
             of_prompt.add(label)
-        key = (row.n_prompt, row.desirable, *(row.ids.tobytes() for row in unit[:2]))
-        counts["duplicates (kept)"] += key in seen
-        seen.add(key)
+        text = (prompt, *(hash(row.response.tobytes()) for row in unit[:2]))
+        if (text, row.desirable) in seen:
+            counts["duplicates (kept)"] += 1
+        elif (text, not row.desirable) in seen:
+            counts["same text with both labels"] += 1
+        seen.add((text, row.desirable))
     counts["prompts"] = len(labels)
     counts["prompts with both labels"] = sum(len(both) == 2 for both in labels.values())
 
@@ -284,12 +319,11 @@ def mismatched(row, partner, max_len):
     A response of several turns begins at its first trained token: what stands before that is
     another conversation.
     """
-    trained = np.flatnonzero(partner.mask[partner.n_prompt:])
-    start = partner.n_prompt + int(trained[0])
+    trained = partner.mask[partner.n_prompt:]
+    start = int(np.flatnonzero(trained)[0])
     stop = start + max_len - row.n_prompt
-    return make_row(row.ids[:row.n_prompt], partner.ids[start:stop],
-                    trained=partner.mask[start:stop], desirable=row.desirable,
-                    where=partner.where)
+    return make_row(row.prompt, partner.response[start:stop], trained=trained[start:stop],
+                    desirable=row.desirable, where=partner.where)
 
 
 def mismatched_units(units, *, seed, max_len):
@@ -374,7 +408,7 @@ def token_batches(items, budget):
     start, tokens = 0, 0
     for index, item in enumerate(items):
         rows = [item] if isinstance(item, Row) else item
-        size = sum(len(row.ids) for row in rows)
+        size = sum(len(row.mask) for row in rows)
         if index > start and tokens + size > budget:
             yield range(start, index)
             start, tokens = index, 0
@@ -433,10 +467,13 @@ def flatten(rows, device="cpu", share=False):
             skipped.append(0)
             prompt_end = end + row.n_prompt - 1
         starts.append(end)
-        end += len(row.ids) - skipped[-1]
-    sizes = [len(row.ids) - skip for row, skip in zip(rows, skipped)]
+        end += len(row.mask) - skipped[-1]
+    sizes = [len(row.mask) - skip for row, skip in zip(rows, skipped)]
 
-    ids = np.concatenate([row.ids[skip:] for row, skip in zip(rows, skipped)]).astype(np.int64)
+    pieces = []
+    for row, skip in zip(rows, skipped):
+        pieces += [row.response] if skip else [row.prompt, row.response]
+    ids = np.concatenate(pieces).astype(np.int64)
     mask = np.concatenate([row.mask[skip:] for row, skip in zip(rows, skipped)])
     sequence = np.repeat(np.arange(len(rows)), sizes)
     positions = np.arange(end) - np.repeat(np.subtract(starts, skipped), sizes)
@@ -469,9 +506,9 @@ def _lengths(sizes, skipped):
 def may_share(first, row):
     """Has `row` the prompt of `first`, and does nothing in it train? Then it can follow."""
     p = row.n_prompt
-    if p != first.n_prompt or not 0 < p < len(row.ids) or row.mask[:p].any():
+    if not 0 < p < len(row.mask) or row.mask[:p].any():
         return False
-    return np.array_equal(row.ids[:p], first.ids[:p])
+    return np.array_equal(row.prompt, first.prompt)
 
 
 if __name__ == "__main__":

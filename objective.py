@@ -123,6 +123,12 @@ def thumb(part, row):
     return part.column((unit[0].desirable for unit in part.units), torch.bool)
 
 
+@measured("weight")
+def example_weight(part, row):
+    """What the file's column `weight` says; Preferences.losses multiplies each loss by it.   (b,)"""
+    return part.column(unit[row].weight for unit in part.units)
+
+
 @measured("chosen_weight", "rejected_weight")
 def confidence_weight(part, row):
     """WPO: exp(mean over the response of log p(y_t) - log sum_v p(v)^2), no gradient.   (b,)"""
@@ -426,6 +432,10 @@ class Preferences(Objective):
         yield Batch(units, n, known, ref_logps, part_size)
 
     # --- a part of it, with gradient
+
+    def losses(self, measured):
+        """The loss of each example times its weight.   (b,)"""
+        return measured["weight"] * super().losses(measured)
 
     def measure(self, policy, batch, part):
         units = [batch.units[i][:self.trained] for i in part]

@@ -175,6 +175,15 @@ def final_text(answer):
     return answer if isinstance(answer, str) else answer[-1].content
 
 
+def plain_texts(example):
+    """The texts of an example that is no conversation."""
+    if not isinstance(example.prompt, str):
+        return []
+    names = ("prompt", "completion", "chosen", "rejected", "target")
+    cells = [getattr(example, name, None) for name in names]
+    return [cell for cell in cells if isinstance(cell, str)]
+
+
 def counts_line(counts):
     return " | ".join(f"{name} {n:,}" for name, n in counts.items())
 

@@ -83,7 +83,7 @@ def first_look(self, policy, micro_batch_size=0):
         parts = parallel.deal(batch.units, policy.token_budget, size)
     for part, _ in parts:
         found = self.measure(policy, batch, part)
-        equal = {name: found[name] for name in self.wants}
+        equal = {name: found[name] for name in [*self.wants, "weight"]}
         for name in self.zero_at_equal:
             equal[name] = torch.zeros_like(equal[name])
         loss += float(self.losses(found).sum())

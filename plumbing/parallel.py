@@ -62,6 +62,12 @@ def bar(total, what, initial=0):
                 mininterval=0.5 if sys.stderr.isatty() else 20)
 
 
+def watch(items, what):
+    """The same items, and after two seconds a progress bar on process 0."""
+    return tqdm(items, desc=what, disable=rank != 0, dynamic_ncols=True, delay=2, unit=" rows",
+                mininterval=0.5 if sys.stderr.isatty() else 20)
+
+
 def barrier():
     if size > 1:
         dist.barrier()

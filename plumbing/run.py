@@ -246,7 +246,8 @@ class Run:
         rows = hashlib.sha256()                              # a resumed run must read the same
         for unit in self.units:
             for row in unit:
-                rows.update(row.ids.tobytes() + row.mask.tobytes() + str(row.desirable).encode())
+                known = f"{row.desirable} {row.weight}".encode()
+                rows.update(row.ids.tobytes() + row.mask.tobytes() + known)
         found = {**asdict(self.config), **self.hyper, **self.options, "model": self.named,
                  "task": self.source.task, "source": self.recipe.learns_from,
                  "origin": self.origin, "n_desirable": thumbs.count(True),

@@ -59,7 +59,7 @@ def main(argv):
     parser = argparse.ArgumentParser(
         prog="data.py", description="Show the first batch of a preference file, as it is trained.")
     flag = parser.add_argument
-    flag("files", nargs="+", help="jsonl, json, parquet, or a hub dataset org/name:split")
+    flag("files", nargs="+", help="as --data takes them: files, a folder, org/name:split")
     flag("--model", "--tokenizer", dest="tokenizer", help="a tokenizer's folder (default: bytes)")
     flag("--paired", action="store_true", help="as the losses on pairs see it (default: labels)")
     flag("--turns", choices=TURNS, default="last", help="which assistant's turns are trained")

@@ -11,7 +11,7 @@ import world
 from data import encode
 from model import GPTConfig
 from objective import score
-from plumbing import formats
+from plumbing import formats, parallel
 from plumbing.formats import Feedback, Pair, Turn, counts_line
 from plumbing.huggingface import adapter_base, read_model_config
 from plumbing.tokenizer import Tokenizer, load_tokenizer
@@ -142,36 +142,49 @@ class Files:
                                         trust_remote_code=config.trust_remote_code)
         self.shape = GPTConfig(vocab_size=self.tokenizer.vocab_size, context=config.max_len,
                                n_layer=4, n_head=4, d_model=128)
-        self.examples, self.units, self.counts, self.format = self.read(config.data)
-        self.held_out_examples, self.held_out_units = [], []
-        if config.eval_data:
-            self.held_out_examples, self.held_out_units, *_ = self.read(config.eval_data)
+        self.held_out_units = []
+        examples, self.units, self.counts, self.format = self.read(config.data, "--data")
+        self.refuse_weights()
         self.story = f"task: {' '.join(config.data)}"
-        self.hint = formats.cut_hint(formats.to_feedback(self.examples), config.add_eot)
+        self.hint = formats.cut_hint(formats.to_feedback(examples), config.add_eot)
+        if config.eval_data:
+            examples, self.held_out_units, *_ = self.read(config.eval_data, "--eval_data")
+        self.prompts = list(dict.fromkeys(example.prompt for example in examples))[:6]
 
-    def read(self, files):
+    def read(self, files, flag):
         config, recipe = self.config, self.recipe
         paired = recipe.learns_from in ("pairs", "sessions")
         threshold = config.threshold
         if recipe.learns_from == "prompts" and threshold is None:      # labels are not looked at
             threshold = 0.0
+        scored = "pairs" if paired else "labels"
         examples, name = formats.read(
-            files, columns=formats.parse_columns(config.columns), threshold=threshold,
-            scored="pairs" if paired else "labels", prompts=recipe.learns_from == "prompts")
+            files, flag=flag, watch=parallel.watch, scored=scored, threshold=threshold,
+            columns=formats.parse_columns(config.columns), prompts=recipe.learns_from == "prompts")
+        named = f"{flag} {' '.join(files)}"
         if paired and not isinstance(examples[0], Pair):
-            raise SystemExit(f"--data {' '.join(files)}: --loss {config.loss} needs pairs (prompt, "
-                             f"chosen, rejected); the file has {name}")
+            raise SystemExit(f"{named}: --loss {config.loss} needs pairs (prompt, chosen, "
+                             f"rejected); the file has {name}")
         if not paired:
             examples = formats.to_feedback(examples)
         turns = config.turns
         if recipe.learns_from == "sessions":
             turns = "segment"
-        units, counts = encode(examples, self.tokenizer, max_len=config.max_len,
-                               max_prompt_len=config.max_prompt_len, add_eot=config.add_eot,
-                               turns=turns)
+        units, counts = encode(parallel.watch(examples, "tokenising"), self.tokenizer,
+                               max_len=config.max_len, max_prompt_len=config.max_prompt_len,
+                               add_eot=config.add_eot, turns=turns)
         if not units:
-            raise SystemExit(f"--data {' '.join(files)}: no rows left ({counts_line(counts)})")
+            raise SystemExit(f"{named}: no rows left ({counts_line(counts)})")
         return examples, units, counts, name
+
+    def refuse_weights(self):
+        """Where no row or pair has a loss of its own: PPO's responses, a loss that sorts."""
+        loss = self.recipe.loss
+        own = self.recipe.learns_from != "prompts" and not hasattr(loss, "needs_whole_batch")
+        for unit in self.units:
+            if unit[0].weight != 1 and not own:
+                raise SystemExit(f"{unit[0].where}: column weight: --loss {self.config.loss} has "
+                                 "no loss of a single row, which it could multiply")
 
     def base_stages(self):
         """SFT on the desirable responses, from random weights."""
@@ -201,9 +214,7 @@ class Files:
         result = {"train": self.margins(policy, reference, self.units[:256])}
         if self.held_out_units:
             result["eval"] = self.margins(policy, reference, self.held_out_units)
-        examples = self.held_out_examples or self.examples
-        prompts = list(dict.fromkeys(example.prompt for example in examples))[:6]
-        evaluate.report_files(result, policy, reference, self.tokenizer, prompts, self.config,
+        evaluate.report_files(result, policy, reference, self.tokenizer, self.prompts, self.config,
                               seconds)
 
 

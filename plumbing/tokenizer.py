@@ -8,11 +8,13 @@ import base64
 import json
 import os
 import re
+from itertools import islice
 from pathlib import Path
 
 import tiktoken
 
 from plumbing.files import one_line
+from plumbing.formats import plain_texts
 
 EOT = "<|endoftext|>"
 NOBODY = -1                     # in place of a turn's index: text that the template wrote
@@ -35,6 +37,10 @@ class Tokenizer:
     def encode(self, text):
         """Tokens of plain text: text that spells a special token stays text."""
         return self.backend.encode_ordinary(text)
+
+    def read_ahead(self, examples):
+        """The same examples; their texts may be tokenised meanwhile, see HFTokenizer."""
+        return examples
 
     def decode(self, ids):
         return self.backend.decode([int(i) for i in ids if i < self.vocab_size])
@@ -134,14 +140,29 @@ class HFTokenizer(Tokenizer):
         if backend.eos_token_id is None:
             raise SystemExit("--model: its tokenizer has no end-of-text token (eos_token)")
         self.backend, self.eot, self.vocab_size = backend, backend.eos_token_id, len(backend)
+        self.known = {}                                    # texts that were tokenised ahead
         probe = backend("a").input_ids                     # does it begin with a BOS? ask it
         self.bos = [i for i in probe[:1] if i == backend.bos_token_id]
         special = [str(t) for t in backend.added_tokens_decoder.values() if t.special]
         self.control = re.compile("|".join(map(re.escape, special)))
 
     def encode(self, text):
+        if text in self.known:
+            return self.known[text]
         ids = self.backend(text, add_special_tokens=False, split_special_tokens=True)
         return ids.input_ids
+
+    def read_ahead(self, examples):
+        """The same examples. Their texts are tokenised 256 rows at a time, in threads."""
+        examples = iter(examples)
+        while some := list(islice(examples, 256)):
+            texts = list({text for example in some for text in plain_texts(example)})
+            self.known = {}
+            if texts:
+                ids = self.backend(texts, add_special_tokens=False, split_special_tokens=True)
+                self.known = dict(zip(texts, ids.input_ids))
+            yield from some
+        self.known = {}
 
     def decode(self, ids):
         return self.backend.decode([int(i) for i in ids])

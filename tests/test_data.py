@@ -97,7 +97,9 @@ def test_what_is_dropped_or_odd_is_counted():
         "read": 3, "dropped: empty response": 2, "desirable": 1, "prompts": 1}
     counts = counted(("Q", "A", True), ("Q", "A", True), ("Q", "A", False), ("P", "A", True))
     assert counts == {"read": 4, "desirable": 3, "undesirable": 1, "duplicates (kept)": 1,
-                      "prompts": 2, "prompts with both labels": 1}
+                      "same text with both labels": 1, "prompts": 2, "prompts with both labels": 1}
+    twice = counted(*[("Q", "A", label) for label in (False, True, True, False)])
+    assert (twice["same text with both labels"], twice["duplicates (kept)"]) == (1, 2)
     cut = counted(("1 same end", "A", True), ("2 same end", "B", False), max_prompt_len=8)
     assert cut["prompts"] == cut["prompts with both labels"] == 1        # as the model sees them
     units, counts = encode([Pair("Q", "A", "A"), Pair("Q", "A", "B", target=" ")], BYTES)
@@ -115,7 +117,7 @@ def test_rows_know_the_scores_of_their_side_and_cannot_be_changed():
     known = [(row.score, row.win_prob, row.desirable) for row in unit]
     assert known == [(2.0, 0.75, True), (1.0, 0.25, False), (None, None, True)]
     for row in (unit[0], mismatched(unit[0], unit[1], 12), *data.length_desensitised(unit, 0.5)):
-        for array in (row.ids, row.mask):
+        for array in (row.prompt, row.response, row.mask):
             with pytest.raises(ValueError):
                 array[0] = 1
 

@@ -125,7 +125,7 @@ def thumb(part, row):
 
 @measured("weight")
 def example_weight(part, row):
-    """What the file's column `weight` says; Preferences.losses multiplies each loss by it.   (b,)"""
+    """The file's column `weight`, by which Preferences.losses multiplies each loss.   (b,)"""
     return part.column(unit[row].weight for unit in part.units)
 
 

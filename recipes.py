@@ -412,6 +412,7 @@ def find(name):
         loss = Sum(name)
         return Recipe(loss, like=loss.names[0])
     known = sorted({*LOSSES, *RECIPES})
-    near = get_close_matches(name, known, 1, cutoff=0)[0]
+    longer = [other for other in known if other.startswith(name.lower())]
+    near = (longer or get_close_matches(name.lower(), known, 1, cutoff=0))[0]
     raise SystemExit(f"--loss {name}: no such loss; nearest: {near}; valid are {', '.join(known)}, "
                      'or a sum such as "dpo + 0.1*sft"')

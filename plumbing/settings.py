@@ -28,9 +28,10 @@ def flag(default, help, *, least=None, positive=False, choices=(), may_change=Fa
 
 @dataclass
 class Config:
-    loss: str = flag("kto", "objective: a loss, a recipe, or a sum such as \"dpo + 0.1*sft\"")
+    loss: str = flag("kto", "a loss, a recipe (rm, ppo, spin, ...), or a sum such as \"dpo + 0.1*sft\"")
     model: str = flag("", "folder or hub name of a causal LM, or of an adapter; default: small GPT")
-    data: tuple = flag((), "preference files or hub data sets; default: the embedded help desk")
+    data: tuple = flag((), "preference files, a folder of save_to_disk, or hub data sets "
+                                "org/name/config:split; default: the embedded help desk")
     eval_data: tuple = flag((), "held-out files, same formats")
     tokenizer: str = flag("", "with --data and no --model: a folder, or gpt2 (default: bytes)")
     init: str = flag("", "folder the policy starts from (default: --model)")

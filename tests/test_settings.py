@@ -68,6 +68,8 @@ def test_every_setting_of_a_run_is_a_flag_with_an_explanation(capsys):
         assert "lambda_d sigma(beta (r - z0))" in text           # the equation
         for name in [*(field.name for field in fields(Config)), "beta", "lambda_u", "z0"]:
             assert f"--{name}" in text
+        listed = text.replace(",", " ").split()
+        assert {*recipes.LOSSES, *recipes.RECIPES} <= {*listed} and "(rm" in listed
 
 
 def test_help_into_a_closed_pipe_ends_without_a_traceback():
@@ -112,6 +114,8 @@ BAD = [                                                          # words; what t
     ("--loss spin --flip 0.2", "--flip"), ("--loss rm --eval_every 5", "--eval_every"),
     ("--data ROWS --flip 0.2", "--flip"), ("--threshold 1", "--threshold", "--data"),
     ("--data /nowhere/rows.jsonl", "--data /nowhere/rows.jsonl"), ("--data EMPTY", "empty"),
+    ("--data ROWS --eval_data nosuch", "--eval_data nosuch: no such file"),
+    ("--data ROWS --eval_data BLANK", "--eval_data", "no rows left"),
     ("--data BROKEN", "line 2"), ("--data LABEL", "line 2", "'yes'"),
     ("--data FORMAT", "line 1", "question"), ("--data BLANK", "no rows left"),
     ("--data ONE", "--data", "--z0 zero"), ("--data BAD --loss sft", "--loss sft"),
@@ -198,6 +202,7 @@ def test_a_setting_called_like_a_flag_of_every_run_is_refused(monkeypatch):
 
 def test_a_misspelt_flag_or_loss_is_told_the_nearest():
     for words, nearest in ((["--batchsize", 4], "--batch_size"), (["--lambda_up", 1], "--lambda_u"),
-                           (["--loss", "simop"], "simpo")):
+                           (["--loss", "simop"], "simpo"), (["--loss", "DPO"], "dpo"),
+                           (["--loss", "sdpo"], "sdpo_segment"), (["--loss", "pppo"], "ppo")):
         with pytest.raises(SystemExit, match=f"nearest: {nearest}"):
             run(*words)

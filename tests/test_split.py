@@ -20,7 +20,8 @@ import torch
 import evaluate
 import recipes
 import train
-from lab import ROOT, flags, largest_difference, make_lab, metrics, run, torchrun, weights
+from lab import (ROOT, flags, largest_difference, make_lab, metrics, read_rows, run, torchrun,
+                 weights, write_rows)
 from plumbing import parallel
 from plumbing.run import Run
 
@@ -36,6 +37,7 @@ WHOLE = [name for name, loss in recipes.LOSSES.items() if hasattr(loss, "needs_w
 FAST = {
     "kto": ("kto",),
     "bco": ("bco",),
+    "kto weighted": ("kto", "--data", "weighted.jsonl"),
     "beta_dpo": ("beta_dpo",),
     "tr_dpo": ("tr_dpo", "--ref_every", 2),
     "tdpo2": ("tdpo2",),
@@ -156,12 +158,17 @@ def reward(prompts, responses):
 def lab(tmp_path_factory):
     lab = make_lab(tmp_path_factory.mktemp("lab"))
     (lab / "judge.py").write_text(REWARD)
+    rows = read_rows(lab / "rows.jsonl")
+    for place, row in enumerate(rows):
+        row["weight"] = place % 4 / 2
+    write_rows(lab / "weighted.jsonl", rows)
     return lab
 
 
 def words_of(lab, out, loss, *more):
     if loss == "ppo":
         more = ("--reward", f"{lab / 'judge.py'}:reward", *more)
+    more = [lab / word if word == "weighted.jsonl" else word for word in more]
     return flags(lab, out, "--timeout", 250, *more, loss=loss, steps=STEPS)
 
 

@@ -275,28 +275,22 @@ def _cut_left(prompt, room, bos, counts):
 
 def _count(units, counts):
     """Labels, duplicates and prompts, as the model sees them. Texts are known by their hashes."""
-    seen = set()
-    labels = {}                                           # of each prompt
+    texts = {True: set(), False: set(), None: set()}      # of each label
+    prompts = {True: set(), False: set(), None: set()}
+    names = {True: "desirable", False: "undesirable", None: "prompts alone"}
     for unit in units:
-        row = unit[0]
-        prompt = hash(row.prompt_key)
-        of_prompt = labels.setdefault(prompt, set())
-        if len(unit) > 1:
-            counts["pairs"] += 1
-        elif row.desirable is None:
-            counts["prompts alone"] += 1
-        else:
-            label = "desirable" if row.desirable else "undesirable"
-            counts[label] += 1
-            of_prompt.add(label)
-        text = (prompt, *(hash(row.response.tobytes()) for row in unit[:2]))
-        if (text, row.desirable) in seen:
-            counts["duplicates (kept)"] += 1
-        elif (text, not row.desirable) in seen:
-            counts["same text with both labels"] += 1
-        seen.add((text, row.desirable))
-    counts["prompts"] = len(labels)
-    counts["prompts with both labels"] = sum(len(both) == 2 for both in labels.values())
+        prompt, label = unit[0].prompt_key, unit[0].desirable
+        name = "pairs"
+        if len(unit) == 1:
+            name = names[label]
+        counts[name] += 1
+        text = hash((prompt, *(row.response.tobytes() for row in unit[:2])))
+        counts["duplicates (kept)"] += text in texts[label]
+        texts[label].add(text)
+        prompts[label].add(hash(prompt))
+    counts["same text with both labels"] = len(texts[True] & texts[False])
+    counts["prompts"] = len(set.union(*prompts.values()))
+    counts["prompts with both labels"] = len(prompts[True] & prompts[False])
 
 
 # --- other units from units -----------------------------------------------------------------------
@@ -333,7 +327,7 @@ def mismatched_units(units, *, seed, max_len):
     """
     rows = [unit[0] for unit in units]
     order = np.random.default_rng([seed, len(rows)]).permutation(len(rows)).tolist()
-    places = mismatch([rows[i].prompt_key for i in order])
+    places = mismatch([hash(rows[i].prompt_key) for i in order])
     partner = {i: rows[order[place]] for i, place in zip(order, places)}
     return [(*unit, mismatched(unit[0], partner[i], max_len)) for i, unit in enumerate(units)]
 

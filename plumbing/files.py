@@ -40,7 +40,7 @@ def records(name, flag="--data"):
             yield f"{name}: {where}", row
             done += 1
     except Exception as error:           # many libraries' own: not installed, half a file, offline
-        raise SystemExit(f"{flag} {name}: {refusal}: after {done:,} rows {one_line(error)}")
+        raise SystemExit(f"{flag} {name}: {refusal} ({one_line(error)}; {done:,} rows were read)")
 
 
 def _numbered(name, rows):
@@ -92,9 +92,11 @@ def _parquet_rows(file):
 
 
 def _saved_rows(folder):
-    """Arrow files. A folder of several splits has a state.json in each."""
     from pyarrow import ipc
-    names = json.loads((folder / "state.json").read_text())["_data_files"]
+    state = folder / "state.json"
+    if not state.is_file():
+        raise ValueError("no state.json, which save_to_disk writes into the folder of each split")
+    names = json.loads(state.read_text())["_data_files"]
     files = [open(folder / name["filename"], "rb") for name in names]
     yield from _numbered("row", _of_tables(table for file in files
                                            for table in ipc.open_stream(file)))

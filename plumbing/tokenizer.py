@@ -157,7 +157,6 @@ class HFTokenizer(Tokenizer):
         examples = iter(examples)
         while some := list(islice(examples, 256)):
             texts = list({text for example in some for text in plain_texts(example)})
-            self.known = {}
             if texts:
                 ids = self.backend(texts, add_special_tokens=False, split_special_tokens=True)
                 self.known = dict(zip(texts, ids.input_ids))

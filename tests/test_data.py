@@ -114,6 +114,7 @@ def test_train_prompt_trains_all_but_the_very_first_token():
 
 def test_rows_know_the_scores_of_their_side_and_cannot_be_changed():
     (unit,), _ = encode([Pair("Q", "A", "B", 2.0, 1.0, 0.75, 0.25, target="C")], BYTES)
+    assert unit[0].prompt is unit[1].prompt is unit[2].prompt            # kept once
     known = [(row.score, row.win_prob, row.desirable) for row in unit]
     assert known == [(2.0, 0.75, True), (1.0, 0.25, False), (None, None, True)]
     for row in (unit[0], mismatched(unit[0], unit[1], 12), *data.length_desensitised(unit, 0.5)):

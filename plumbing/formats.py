@@ -423,7 +423,8 @@ def paired(row):
     """Both sides may be whole chats that begin with the prompt again (UltraFeedback)."""
     prompt = _prompt(row)
     chosen, rejected = row.cell("chosen"), row.cell("rejected")
-    if isinstance(chosen, list) and isinstance(rejected, list):
+    lists = isinstance(chosen, list) and isinstance(rejected, list)
+    if lists and chosen and rejected:
         chosen, rejected = row.chat("chosen"), row.chat("rejected")
         start = (Turn("user", prompt),) if isinstance(prompt, str) else prompt
         again = chosen[:len(start)] == rejected[:len(start)] == start

@@ -48,6 +48,7 @@ ROWS = [                                                     # a row, what it be
     ({"prompt": [{"role": "Developer", "content": "S"}, {"from": "HUMAN", "value": "Q"}],
       "completion": [{"role": "bot", "content": PARTS}], "label": 0}, Feedback(TURNS, "AB", False)),
     ({"prompt": "Q", **BOTH, "rejected": [], "weight": 0}, Pair("Q", "A", "", weight=0.0)),
+    ({"prompt": "Q", "chosen": [says("A")], "rejected": []}, Pair("Q", "A", "")),
     ({"chosen": HH + " c", "rejected": HH + " x \n"}, Pair(HH_TURNS, "c", "x")),         # hh-rlhf
     ({"chosen": HH + " c", "rejected": "\n\nHuman: Q\n\nAssistant: x"},
      Pair(TURNS[1:], GOES_ON[:1] + HH_TURNS[2:] + GOES_ON[2:], "x")),

@@ -28,7 +28,8 @@ def flag(default, help, *, least=None, positive=False, choices=(), may_change=Fa
 
 @dataclass
 class Config:
-    loss: str = flag("kto", "a loss, a recipe (rm, ppo, spin, ...), or a sum such as \"dpo + 0.1*sft\"")
+    loss: str = flag("kto",
+                     "a loss, a recipe (rm, ppo, spin, ...), or a sum such as \"dpo + 0.1*sft\"")
     model: str = flag("", "folder or hub name of a causal LM, or of an adapter; default: small GPT")
     data: tuple = flag((), "preference files, a folder of save_to_disk, or hub data sets "
                                 "org/name/config:split; default: the embedded help desk")

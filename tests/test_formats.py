@@ -160,7 +160,8 @@ BAD_ROWS = [
     {"instruction": "Q", "output": "A", "label": True, "history": [["q"]]},
     *({**TEXT, "weight": weight} for weight in [-1, "2", True, float("inf")]),
     *({"chosen": text, "rejected": HH} for text in [                     # not by turns
-        "", "Hello" + HH, HH[:-11], "\n\nHuman: P" + HH, "\n\nAssistant: A" + HH, HH + "\n\nHuman: Q"]),
+        "", "Hello" + HH, HH[:-11], "\n\nHuman: P" + HH, "\n\nAssistant: A" + HH,
+        HH + "\n\nHuman: Q"]),
     {**TEXT, "completion": [says([{"type": "image", "url": "x"}])]},
     *({"messages": messages, "label": 1} for messages in [
         CHAT, "Q", [], ["A"], [{"role": ["user"], "content": "A"}], [says(None)]]),

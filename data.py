@@ -10,7 +10,8 @@
 
 A row is one sequence, prompt and response. Its mask says what counts: 1 on the tokens of the
 response, or on the assistant's turns of it that are asked for. Prompt and response are encoded
-apart and joined, so no token straddles the border.
+apart and joined, so no token straddles the border. plumbing/chat.py does that, of texts and of
+conversations.
 A unit is what one example of a loss consists of: (y,), (y, y') or (chosen, rejected[, target]).
 
 `python data.py FILE` shows the first batch in colour; without FILE, that of a made-up one.
@@ -25,7 +26,8 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from plumbing.formats import Feedback, Pair, Turn, final_text
+from plumbing import chat
+from plumbing.formats import Feedback, final_text
 
 
 # --- rows -----------------------------------------------------------------------------------------
@@ -123,21 +125,23 @@ def encode(examples, tokenizer, *, max_len=1024, max_prompt_len=512, add_eot=Tru
     Dropped and counted are empty responses, rows without a trained token after the cut, and pairs
     whose sides are the same. Duplicates are kept and counted.
     """
-    _check(max_len, max_prompt_len, turns)
+    check(max_len, max_prompt_len, turns)
     units = []
     counts = Counter(read=0, desirable=0, undesirable=0)
     for example in tokenizer.read_ahead(examples):
         counts["read"] += 1
-        sides = _sides(example)
+        sides = sides_of(example)
         try:
-            prompt, responses = _spell(example, sides, tokenizer, turns, add_eot)
+            prompt, responses = chat.spell(example, [side.answer for side in sides], tokenizer,
+                                           turns=turns, add_eot=add_eot)
         except ValueError as why:
             raise SystemExit(f"{example.where}: {why}")
         if not responses:
             counts["dropped: empty response"] += 1
             continue
-        prompt = _cut_left(prompt, min(max_prompt_len, max_len - 1), tokenizer.bos, counts)
-        prompt = frozen(prompt)                               # one for all sides
+        room = min(max_prompt_len, max_len - 1)
+        counts["prompt cut from the left"] += len(prompt) > room
+        prompt = frozen(cut_left(prompt, room, tokenizer.bos))    # one for all sides
         room = max_len - len(prompt)
         unit = []
         for side, (ids, weights) in zip(sides, responses):
@@ -152,11 +156,11 @@ def encode(examples, tokenizer, *, max_len=1024, max_prompt_len=512, add_eot=Tru
             counts["dropped: chosen is rejected"] += 1
         else:
             units.append(tuple(unit))
-    _count(units, counts)
+    count(units, counts)
     return units, +counts
 
 
-def _check(max_len, max_prompt_len, turns):
+def check(max_len, max_prompt_len, turns):
     if max_len < 2 or max_prompt_len < 1:
         raise ValueError(f"max_len {max_len}, max_prompt_len {max_prompt_len}: a row needs a "
                          "prompt token and a response token")
@@ -166,14 +170,16 @@ def _check(max_len, max_prompt_len, turns):
 
 class Side(NamedTuple):
     """A response of an example, and what is known of it."""
-    answer: str | tuple
+    answer: str | tuple | None          # None: a prompt alone
     desirable: bool | None
     score: float | None = None
     win_prob: float | None = None
 
 
-def _sides(example):
+def sides_of(example):
     if isinstance(example, Feedback):
+        if example.desirable is None:
+            return [Side(None, None)]
         return [Side(example.completion, example.desirable, example.score)]
     sides = [Side(example.chosen, True, example.score_chosen, example.win_prob_chosen),
              Side(example.rejected, False, example.score_rejected, example.win_prob_rejected)]
@@ -182,98 +188,15 @@ def _sides(example):
     return sides
 
 
-def _spell(example, sides, tokenizer, turns, add_eot):
-    """(prompt ids, for each side (response ids, their weights)); no responses if one is empty.
-
-    One turn after a prompt, "Why?" and "No.":   W h y ?   N o . <end>   weights 1 1 1 1
-    If a response has several turns, or one in the prompt is trained: see _spell_chat.
-    """
-    prompt = example.prompt
-    end = add_eot and example.whole
-    if sides[0].desirable is None:             # a prompt alone: an end-of-text makes a row of it
-        return _prompt_ids(prompt, tokenizer), [([tokenizer.eot], [1.0])]
-    chats = [_trained_turns(example, side.answer, turns) for side in sides]
-    for chat, trained in chats:
-        if any(not chat[i].content.strip() and not chat[i].more for i in trained):
-            return [], []
-    begin = min(trained[0] for _, trained in chats)
-    texts = all(isinstance(side.answer, str) for side in sides)
-    if texts and (isinstance(prompt, str) or begin == len(prompt)):
-        responses = [tokenizer.encode(side.answer) + [tokenizer.eot] * end for side in sides]
-        return _prompt_ids(prompt, tokenizer), [(ids, [1.0] * len(ids)) for ids in responses]
-    if isinstance(prompt, str):
-        raise ValueError("a response of several messages needs a conversation as its prompt")
-    begin = min(begin, len(prompt))
-    spelled = [_spell_chat(chat, trained, begin, tokenizer, end) for chat, trained in chats]
-    prompt = spelled[0][0]
-    if any(other != prompt for other, _ in spelled):
-        raise ValueError("the chat template writes the prompt of chosen and rejected differently")
-    return prompt or [tokenizer.eot], [response for _, response in spelled]
+def cut_left(ids, room, bos):
+    """The last `room` tokens; `bos`, where the prompt starts with it, stays in front."""
+    if len(ids) <= room:
+        return ids
+    kept = bos if ids[:len(bos)] == bos else []
+    return kept + ids[len(ids) - room + len(kept):]
 
 
-def _prompt_ids(prompt, tokenizer):
-    return tokenizer.prompt_ids(prompt) or [tokenizer.eot]     # none: as after a document's end
-
-
-def _spell_chat(chat, trained, begin, tokenizer, end):
-    """(prompt ids, (response ids, weights)) by the template; the response begins with turn `begin`.
-
-        chat      user "q1", assistant "a1", user "q2", assistant "a2"
-        begin 1, trained [3]
-        prompt    User:.q1..Assistant:.
-        response  a1<end>..User:.q2..Assistant:.a2<end>
-        weights   0 but for the last three tokens, a2<end>
-    """
-    ids, owner = tokenizer.conversation(chat, end=end)
-    if begin in owner:
-        n_prompt = owner.index(begin)
-    else:                              # turn `begin` is nothing but tool calls: the template's text
-        asked = tokenizer.prompt_ids(chat[:begin])
-        n_prompt = len(asked)
-        if ids[:n_prompt] != asked:
-            raise ValueError("the chat template hides where the tool calls begin")
-    weights = [float(turn in trained) for turn in owner]
-    stop = len(ids)
-    while stop > n_prompt and not weights[stop - 1]:
-        stop -= 1
-    return ids[:n_prompt], (ids[n_prompt:stop], weights[n_prompt:stop])
-
-
-def _trained_turns(example, answer, turns):
-    """(the whole conversation, indices of its turns that are trained)"""
-    pair = isinstance(example, Pair)
-    prompt = () if isinstance(example.prompt, str) else example.prompt
-    if isinstance(answer, str):
-        answer = (Turn("assistant", answer),)
-    chat = prompt + answer
-    first = len(prompt)
-    if turns == "all" and not pair:
-        first = 0
-    agent = [i for i in range(first, len(chat)) if chat[i].role == "assistant"]
-    if turns == "all":
-        return chat, agent
-    if turns == "last":
-        return chat, agent[-1:]
-    if not pair or example.segment is None:
-        raise ValueError('--turns segment needs pairs with segment: {"start": 0, "end": 1}')
-    start, end = example.segment
-    if end > len(agent):        # equally many turns in both sides are what makes Z cancel
-        raise ValueError(f"the segment ends with the assistant's turn {end}, but one side has only "
-                         f"{len(agent)}")
-    return chat, agent[start:end]
-
-
-def _cut_left(prompt, room, bos, counts):
-    """The right end of a long prompt, after the token that every prompt begins with."""
-    if len(prompt) <= room:
-        return prompt
-    counts["prompt cut from the left"] += 1
-    if prompt[:1] != bos:
-        bos = []
-    return bos + prompt[len(prompt) - room + len(bos):]
-
-
-def _count(units, counts):
+def count(units, counts):
     """Labels, duplicates and prompts, as the model sees them. Texts are known by their hashes."""
     texts = {True: set(), False: set(), None: set()}      # of each label
     prompts = {True: set(), False: set(), None: set()}
@@ -479,12 +402,12 @@ def flatten(rows, device="cpu", share=False):
     def tensor(array):
         return torch.from_numpy(array).to(device)
 
-    return Flat(tensor(ids), tensor(positions), _lengths(sizes, skipped),
+    return Flat(tensor(ids), tensor(positions), lengths_of(sizes, skipped),
                 tensor(before[trained]), tensor(ids[trained]), tensor(mask[trained]),
                 tensor(sequence[trained]), len(rows))
 
 
-def _lengths(sizes, skipped):
+def lengths_of(sizes, skipped):
     """A length per sequence; where several share a prompt of p tokens, one (p, n_1, n_2, ...)."""
     lengths = []
     for size, skip in zip(sizes, skipped):

@@ -77,19 +77,11 @@ def sampled_kl(policy, reference, rows, *, device="cpu", budget=4096):
 def replies(policy, tokenizer, prompts, *, max_prompt_len=None, max_new_tokens=64, **how):
     """(texts, rows): a response to each prompt. how: temperature, top_p, seed, as in `generate`."""
     room = min(max_prompt_len or policy.context, policy.context - 8)      # 8 for the response
-    encoded = [cut_left(tokenizer.prompt_ids(prompt) or [tokenizer.eot], room, tokenizer.bos)
+    encoded = [data.cut_left(tokenizer.prompt_ids(prompt), room, tokenizer.bos)
                for prompt in prompts]
-    responses = policy.generate(encoded, eot=tokenizer.eot, max_new_tokens=max_new_tokens, **how)
+    responses = policy.generate(encoded, eot=tokenizer.stops, max_new_tokens=max_new_tokens, **how)
     rows = [data.make_row(ids, response) for ids, response in zip(encoded, responses)]
     return [tokenizer.text(response) for response in responses], rows
-
-
-def cut_left(ids, room, bos):
-    """The last `room` tokens; `bos`, where the prompt starts with it, stays in front."""
-    if len(ids) <= room:
-        return ids
-    kept = bos if ids[:len(bos)] == bos else []
-    return kept + ids[len(ids) - room + len(kept):]
 
 
 def wins_of(scores, ref_scores):

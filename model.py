@@ -191,6 +191,7 @@ class Policy(nn.Module):
                  rows=None, room=None, numbers=None):
         """A response to each prompt: lists of tokens -> lists of tokens, with eot if it came.
 
+        `eot`: the token that ends a response, or a list of such tokens.
         `rows` prompts go at a time; prompt and response have `room` tokens together (default: the
         context). The random number of row i's token t is a function of (seed, i, t), so that
         other rows do not change a sample. `numbers`: the i of each prompt, where these are a
@@ -202,6 +203,7 @@ class Policy(nn.Module):
             numbers = range(len(prompts))
         device = next(self.parameters()).device
         room = min(room or self.context, self.context)
+        stops = [eot] if isinstance(eot, int) else eot
         choose = partial(sample, temperature=temperature, top_p=top_p)
         rows = rows or self.rows_at_once
         responses = []
@@ -209,7 +211,7 @@ class Policy(nn.Module):
             part = slice(start, start + rows)
             check_prompts(prompts[part], room)
             noise = uniforms(seed, numbers[part], max_new_tokens, device)
-            responses += self.write(prompts[part], noise, eot, room, choose)
+            responses += self.write(prompts[part], noise, stops, room, choose)
         return responses
 
     def checkpoint_activations(self):
@@ -352,12 +354,13 @@ class GPT(Policy):
             block.before = fuse(block.before)
             block.after = fuse(block.after)
 
-    def write(self, prompts, noise, eot, room, choose):
+    def write(self, prompts, noise, stops, room, choose):
         """One batch of `generate`. A row that has ended leaves the batch."""
         lengths = [len(prompt) for prompt in prompts]
         new = noise.shape[1]
         cache = Cache(self.config, lengths, min(max(lengths) + new, room), self.wte.weight)
         ids = torch.tensor([token for prompt in prompts for token in prompt], device=noise.device)
+        stops = torch.tensor(stops, device=noise.device)
         last = cache.used.cumsum(0) - 1
         hidden = self.trunk(ids, cache.column, cache.fill)[last]  # (rows, d)
         alive = torch.arange(len(prompts), device=noise.device)  # whose rows the cache holds
@@ -366,7 +369,7 @@ class GPT(Policy):
             token = choose(self.head(hidden), noise[alive, t])
             for row, chosen in zip(alive.tolist(), token.tolist()):
                 responses[row].append(chosen)
-            goes_on = (token != eot) & (cache.used + 1 < room)
+            goes_on = ~torch.isin(token, stops) & (cache.used + 1 < room)
             if t + 1 == new or not goes_on.any():
                 break
             if not goes_on.all():

@@ -27,6 +27,7 @@ import world
 from model import GPT, wide_log_softmax, widened
 from objective import Batch, Objective
 from plumbing import parallel
+from plumbing.chat import Chat
 from plumbing.formats import Turn
 from plumbing.huggingface import HFPolicy, TokenClassifier, read_model_config, weight_files
 from plumbing.tokenizer import load_tokenizer
@@ -213,17 +214,15 @@ class ModelReward:
         question is cut than the answer.
         """
         tokenizer = self.tokenizer
-        if getattr(tokenizer.backend, "chat_template", None):
+        if tokenizer.has_template:
             if isinstance(prompt, str):
                 prompt = [Turn("user", prompt)]
-            pieces = tokenizer.pieces([*prompt, Turn("assistant", response)], ask=False)
-            ids = [token for piece, _ in pieces for token in piece]
+            chat = Chat([*prompt, Turn("assistant", response)], tokenizer)
+            ids = chat.ids(chat.whole)
         else:
             ids = tokenizer.prompt_ids(prompt) + tokenizer.encode(response) + [tokenizer.eot]
-        too_long = len(ids) - self.model.context
-        if too_long > 0:
-            first = [i for i in ids[:1] if i == getattr(tokenizer.backend, "bos_token_id", None)]
-            ids = first + ids[too_long + len(first):]
+        bos = [getattr(tokenizer.backend, "bos_token_id", None)]
+        ids = data.cut_left(ids, self.model.context, bos)
         return data.make_row(ids[:-1], ids[-1:])
 
 
@@ -257,7 +256,7 @@ def answers(policy, prompts, tokenizer, *, max_len, seed):
     """
     mine = range(parallel.rank, len(prompts), parallel.size)
     with parallel.precision(getattr(policy, "precision", "")):
-        written = policy.generate([prompts[i] for i in mine], eot=tokenizer.eot, seed=seed,
+        written = policy.generate([prompts[i] for i in mine], eot=tokenizer.stops, seed=seed,
                                   max_new_tokens=max_len, room=max_len, numbers=mine)
     table = torch.zeros(len(prompts), max_len, dtype=torch.int64)     # token + 1; 0: nothing there
     for i, response in zip(mine, written):
@@ -385,7 +384,7 @@ class PPO(Objective):
         known = {"mask": mask, "old_token_logps": logps, "old_values": values,
                  "advantages": ppo.whiten(advantages, mask), "returns": returns}
         k1, _, k3 = (k[mask].sum() / len(rows) for k in ppo.kl_estimates(logps, ref_logps))
-        ended = [row.ids[-1] == self.tokenizer.eot for row in rows]
+        ended = [row.ids[-1] in self.tokenizer.stops for row in rows]
         stats = {"reward": float(scores.mean()),
                  "objective": float(scores.mean() - options["kl_coef"] * k1),
                  "kl/k1": float(k1), "kl/k3": float(k3),               # nats per response

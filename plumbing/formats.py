@@ -20,7 +20,7 @@ from plumbing.files import CsvRow, records
 
 class Turn(NamedTuple):
     """One message of a conversation."""
-    role: str                # system, user, assistant, tool
+    role: str                # system, user, assistant, tool; tools: what may be called, as JSON
     content: str             # "" where the message is nothing but tool calls
     more: str = ""           # its tool_calls, tool_call_id and name, as JSON: text can be hashed
 
@@ -216,7 +216,8 @@ def cut_hint(examples, add_eot):
 ALIASES = {"conversations": "messages", "text": "completion", "response": "completion",
            "output": "completion", "score": "reward", "kto_tag": "label"}
 NUMBERS = ("score_chosen", "score_rejected", "win_prob_chosen", "win_prob_rejected")
-OPTIONAL = (*NUMBERS, "weight", "target", "segment", "system", "input", "history", *ALIASES)
+OPTIONAL = (*NUMBERS, "weight", "target", "segment", "system", "tools", "input", "history",
+            *ALIASES)
 NOT_TEXTS = ("label", "reward", "weight", "segment", "truncated", *NUMBERS)
 ROLES = {"user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant",
          "bot": "assistant", "function_call": "assistant", "system": "system",
@@ -266,8 +267,9 @@ class Record:
                   f"(--columns {self.column}=NAME reads another)")
 
     def feedback(self, prompt, response, desirable=None, score=None):
+        prompt = self.with_tools(self.with_system(prompt))
         weight = self.number(self.cell("weight", 1.0), least=0)
-        return Feedback(self.with_system(prompt), response, desirable, self.whole, self.where,
+        return Feedback(prompt, response, desirable, self.whole, self.where,
                         score, weight)
 
     def pair(self, prompt, chosen, rejected):
@@ -278,8 +280,9 @@ class Record:
             more["target"] = self.answer("target")
         if "segment" in self.cells:
             more["segment"] = self.segment(self.cell("segment"))
+        prompt = self.with_tools(self.with_system(prompt))
         weight = self.number(self.cell("weight", 1.0), least=0)
-        return Pair(self.with_system(prompt), *sides, whole=self.whole, where=self.where,
+        return Pair(prompt, *sides, whole=self.whole, where=self.where,
                     weight=weight, **more)
 
     def segment(self, value):
@@ -383,6 +386,20 @@ class Record:
         if prompt and prompt[0].role == "system":
             return prompt
         return (Turn("system", self.text(system)), *prompt)
+
+    def with_tools(self, prompt):
+        """A tools column makes a conversation of the prompt; its first turn is the list as JSON."""
+        tools = self.cell("tools")
+        if isinstance(tools, str):
+            tools = plain(tools)                             # many files have a text there
+        if not tools:
+            return prompt
+        if not isinstance(tools, list):
+            self.refuse(tools, "a list of functions")
+        if isinstance(prompt, str):
+            prompt = (Turn("user", prompt),)
+        tools = self.text(json.dumps(tools, ensure_ascii=False))
+        return (Turn("tools", tools), *prompt)
 
 
 def plain(text):

@@ -192,11 +192,11 @@ class HFPolicy(Policy):
         # With a cache, layers would be compiled one by one.
         self.write = torch.compiler.set_stance("force_eager")(self.write)
 
-    def write(self, prompts, noise, eot, room, choose):
+    def write(self, prompts, noise, stops, room, choose):
         """One batch of `generate`, by transformers' own, with a cache. Pads stand on the left."""
         width = max(len(prompt) for prompt in prompts)
         pads = [width - len(prompt) for prompt in prompts]
-        ids = [[eot] * pad + list(prompt) for pad, prompt in zip(pads, prompts)]
+        ids = [[stops[0]] * pad + list(prompt) for pad, prompt in zip(pads, prompts)]
         ids = torch.tensor(ids, device=noise.device)
         mask = [[0] * pad + [1] * (width - pad) for pad in pads]
         mask = torch.tensor(mask, device=noise.device)
@@ -206,14 +206,13 @@ class HFPolicy(Policy):
             return torch.full_like(logits, -torch.inf).scatter(1, token[:, None], 0.0)
 
         grown = self.lm.generate(
-            ids, attention_mask=mask, max_new_tokens=noise.shape[1], eos_token_id=eot,
-            pad_token_id=eot, do_sample=False, logits_processor=[only_our_choice])
+            ids, attention_mask=mask, max_new_tokens=noise.shape[1], eos_token_id=stops,
+            pad_token_id=stops[0], do_sample=False, logits_processor=[only_our_choice])
         responses = []
         for prompt, row in zip(prompts, grown[:, width:].tolist()):
             response = row[:room - len(prompt)]
-            if eot in response:
-                response = response[:response.index(eot) + 1]
-            responses.append(response)
+            ends = [place for place, token in enumerate(response, 1) if token in stops]
+            responses.append(response[:min(ends, default=len(response))])
         return responses
 
     def save(self, folder, *, eot=None, adapter=False, weights=None):

@@ -69,6 +69,8 @@ class Config:
     turns: str = flag("last", "assistant turns of a conversation that train",
                       choices=("last", "all"))
     add_eot: bool = flag(True, "end-of-text after whole responses")
+    chat: bool = flag(False, "a prompt that is a text is a user's turn of --model's chat template")
+    template_args: tuple = flag((), "of --model's chat template: enable_thinking=false ...")
     lambda_ratio: float = flag(4 / 3, "what auto makes of lambda_d n_d / (lambda_u n_u)")
     pretrain_steps: int = flag(500, "embedded world: steps of pretraining", least=0)
     sft_steps: int = flag(400, "small GPT: steps of supervised fine-tuning before", least=0)
@@ -85,7 +87,8 @@ class Config:
 
 FIELDS = {f.name: f for f in fields(Config)}
 MAY_CHANGE = {name for name, f in FIELDS.items() if f.metadata["may_change"]}
-OF_FILES = ("eval_data", "threshold", "columns", "tokenizer", "turns", "add_eot")
+OF_FILES = ("eval_data", "threshold", "columns", "tokenizer", "turns", "add_eot", "chat",
+            "template_args")
 # Of the losses' and recipes' own flags. What else there is to say, a loss says itself.
 LEAST = {"stages": 1, "ref_every": 1, "lambda_d": 0, "lambda_u": 0, "z0": 0, "ppo_epochs": 1,
          "minibatches": 1, "kl_coef": 0, "vf_coef": 0, "centre": 0, "target_kl": 0}
@@ -285,6 +288,8 @@ def clashes(settings, typed):
     for key in OF_FILES:
         yield key in typed and not config.data, f"--{key}: needs --data FILE"
     yield config.tokenizer and config.model, "--tokenizer: --model brings its own tokenizer"
+    for key in ("chat", "template_args"):
+        yield key in typed and not config.model, f"--{key}: needs a --model with a chat template"
     yield config.judge and not config.eval_data, "--judge: needs --eval_data FILE to be asked about"
     yield own.get("z0") == "estimate" and config.batch_size == 1, \
         "--batch_size 1: z0 is estimated from mismatched pairs; give 2 or more, or --z0 zero"

@@ -9,9 +9,9 @@ import tempfile
 from itertools import groupby
 
 from data import TURNS, batch_rows, encode, lambda_weights, mismatched_units
-from plumbing import formats
+from plumbing import chat, formats
 from plumbing.formats import Feedback, counts_line
-from plumbing.tokenizer import load_tokenizer
+from plumbing.tokenizer import chat_settings, load_tokenizer
 
 GREY, GREEN, RED, BLUE, BOLD = 90, 32, 31, 34, 1
 
@@ -34,7 +34,7 @@ def show_response(row, title, sign, colour, tokenizer):
         if not trained:
             show_lines(" ", GREY, tokenizer.decode(ids))
             continue
-        end = " <end>" if ids[-1] == tokenizer.eot else " (cut: no end)"
+        end = " <end>" if ids[-1] in tokenizer.stops else " (cut: no end)"
         show_lines(sign, colour, tokenizer.text(ids), coloured(BOLD, end))
 
 
@@ -62,6 +62,8 @@ def main(argv):
     flag("files", nargs="+", help="as --data takes them: files, a folder, org/name:split")
     flag("--model", "--tokenizer", dest="tokenizer", help="a tokenizer's folder (default: bytes)")
     flag("--paired", action="store_true", help="as the losses on pairs see it (default: labels)")
+    flag("--template_args", nargs="+", default=[], help="of the chat template: NAME=VALUE ...")
+    flag("--chat", action="store_true", help="a prompt that is a text is a user's turn")
     flag("--turns", choices=TURNS, default="last", help="which assistant's turns are trained")
     flag("--threshold", type=float, help="desirable: reward above this")
     flag("--columns", default="", help="prompt=question,completion=answer,...")
@@ -83,10 +85,11 @@ def main(argv):
     add_eot = args.add_eot == "true"
     if not args.paired:
         examples = feedback
-    tokenizer = load_tokenizer(args.tokenizer)
+    tokenizer = load_tokenizer(args.tokenizer, settings=chat_settings(args))
     units, counts = encode(examples, tokenizer, max_len=args.max_len, turns=args.turns,
                            max_prompt_len=args.max_prompt_len, add_eot=add_eot)
     print(f"format: {name}\n{counts_line(counts)}")
+    print("\n".join(chat.remarks(examples, tokenizer)))
     print(formats.cut_hint(feedback, add_eot) or "")
     if not args.paired:
         lambda_d, lambda_u = lambda_weights(counts["desirable"], counts["undesirable"])

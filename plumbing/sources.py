@@ -11,10 +11,10 @@ import world
 from data import encode
 from model import GPTConfig
 from objective import score
-from plumbing import formats, parallel
+from plumbing import chat, formats, parallel
 from plumbing.formats import Feedback, Pair, Turn, counts_line
-from plumbing.huggingface import adapter_base, read_model_config
-from plumbing.tokenizer import Tokenizer, load_tokenizer
+from plumbing.huggingface import adapter_base, local_folder, read_model_config
+from plumbing.tokenizer import Tokenizer, chat_settings, load_tokenizer
 from pathlib import Path
 
 
@@ -137,16 +137,20 @@ class Files:
             config.max_len = min(config.max_len, context_of(folder) or config.max_len)
         named = config.model
         if named and not (Path(named) / "tokenizer_config.json").is_file():
-            named = adapter_base(config.model) or config.model         # a bare adapter has none
+            base = adapter_base(config.model)                          # a bare adapter has none
+            named = local_folder(base) if base else config.model
         self.tokenizer = load_tokenizer(named or config.tokenizer or None,
-                                        trust_remote_code=config.trust_remote_code)
+                                        trust_remote_code=config.trust_remote_code,
+                                        settings=chat_settings(config))
         self.shape = GPTConfig(vocab_size=self.tokenizer.vocab_size, context=config.max_len,
                                n_layer=4, n_head=4, d_model=128)
         self.held_out_units = []
         examples, self.units, self.counts, self.format = self.read(config.data, "--data")
         self.refuse_weights()
         self.story = f"task: {' '.join(config.data)}"
-        self.hint = formats.cut_hint(formats.to_feedback(examples), config.add_eot)
+        hints = chat.remarks(examples, self.tokenizer)
+        hints.append(formats.cut_hint(formats.to_feedback(examples), config.add_eot) or "")
+        self.hint = "\n".join(filter(None, hints))
         if config.eval_data:
             examples, self.held_out_units, *_ = self.read(config.eval_data, "--eval_data")
         self.prompts = list(dict.fromkeys(example.prompt for example in examples))[:6]

@@ -1,41 +1,57 @@
-"""Text to tokens and back, and conversations through a model's chat template.
+"""Text to tokens and back. Conversations are chat.py's.
 
 Text from users is always plain text: "</s>" in a file becomes four characters, never a control
-token. Control tokens come from two places alone: the template, and our end-of-text.
+token. Control tokens come from two places alone: the chat template, and our end-of-text.
 """
 
 import base64
 import json
 import os
 import re
+from functools import cached_property
 from itertools import islice
 from pathlib import Path
 
 import tiktoken
 
+from plumbing import chat
 from plumbing.files import one_line
 from plumbing.formats import plain_texts
 
 EOT = "<|endoftext|>"
-NOBODY = -1                     # in place of a turn's index: text that the template wrote
-
-# The form of Tokenizer.pieces, for other programs.
-PLAIN_TEMPLATE = (
-    "{% for m in messages %}{{ m.role | capitalize }}:\n{{ m.content }}"
-    "{{ eos_token if m.role == 'assistant' }}\n\n{% endfor %}"
-    "{{ 'Assistant:\n' if add_generation_prompt }}")
 
 
 class Tokenizer:
     """Over a tiktoken.Encoding; HFTokenizer, below, is the same over a Hugging Face tokenizer."""
 
+    has_template = False
+    wrap = False                                  # --chat: a prompt's text is a user's turn
+    also_stops = ()                               # tokens that the model's folder names
+
     def __init__(self, backend):
         self.backend = backend
         self.eot, self.vocab_size = backend.encode_single_token(EOT), backend.n_vocab
         self.bos = []                             # tokens that every prompt begins with
+        self.added = re.compile(re.escape(EOT))
+        self.control = spellings([EOT])
 
-    def encode(self, text):
-        """Tokens of plain text: text that spells a special token stays text."""
+    def encode(self, text, control=False, follow=False):
+        """Tokens of text. What spells a control token becomes one only with `control`.
+
+        follow: the text goes on from other text. Some tokenizers put a blank, "\u2581", in front of
+        all text; after a line break, which is taken away again, they do not.
+        """
+        if not follow or not text:
+            return self.encode_whole(text, control)
+        before = self.encode_whole("\n", control)
+        ids = self.encode_whole("\n" + text, control)
+        if ids[:len(before)] == before:
+            return ids[len(before):]
+        return self.encode_whole(text, control)
+
+    def encode_whole(self, text, control):
+        if control:
+            return self.backend.encode(text, allowed_special="all")
         return self.backend.encode_ordinary(text)
 
     def read_ahead(self, examples):
@@ -46,73 +62,21 @@ class Tokenizer:
         return self.backend.decode([int(i) for i in ids if i < self.vocab_size])
 
     def text(self, ids):
-        """A response as text: without its end-of-text."""
-        return self.decode([i for i in ids if i != self.eot])
+        """A response as text: without what ends it."""
+        return self.decode([i for i in ids if i not in self.stops])
 
     def prompt_ids(self, prompt):
         """A text as it is; a conversation by the template, up to where the answer begins."""
-        if isinstance(prompt, str):
-            return self.bos + self.encode(prompt)
-        return [i for ids, _ in self.pieces(prompt, ask=True) for i in ids]
+        return chat.prompt_ids(prompt, self)
 
-    def conversation(self, turns, *, end=True):
-        """A conversation up to the assistant's last word: (ids, owner), a number per token.
+    @cached_property
+    def end_of_turn(self):
+        return chat.find_end_of_turn(self)
 
-            turns   user "Why?", assistant "No."
-            ids     U s e r : . W h y ? . . A s s i s t a n t : . N o . <end>
-            owner   -1 .......................................... 1 1 1 1
-
-        owner is the index of the assistant's turn that a token belongs to, else -1. To a turn
-        belong its content and the template's text up to the next end-of-text, if it writes one:
-        so the model learns to stop. The last turn always has its end-of-text; with end=False it
-        stops after its content. Tool calls are the template's own text.
-        """
-        ids, owner = [], []
-        last = len(turns) - 1
-        speaker = NOBODY
-        content_end = 0
-        for piece, turn in self.pieces(turns, ask=False):
-            closing = 0
-            if turn == NOBODY and self.eot in piece:
-                closing = piece.index(self.eot) + 1
-            owner += [speaker] * closing
-            speaker = NOBODY
-            if turn != NOBODY and turns[turn].role == "assistant":
-                speaker = turn
-            owner += [speaker] * (len(piece) - closing)
-            ids += piece
-            if turn == last:
-                content_end = len(ids)
-        if not content_end:
-            raise ValueError("the last turn is nothing but tool calls: the template writes those")
-        if not end:
-            return ids[:content_end], owner[:content_end]
-        n = max(i for i, turn in enumerate(owner) if turn == last) + 1
-        if ids[n - 1] == self.eot:
-            return ids[:n], owner[:n]
-        return [*ids[:n], self.eot], [*owner[:n], last]
-
-    def pieces(self, turns, ask):
-        """[(ids, index of the turn whose content they are, or NOBODY)]; ask: for an answer.
-
-        Without a template a turn is "User:\\n" (or System, Assistant, Tool), its content, for the
-        assistant the end-of-text, and a blank line. Tool calls follow the content, as JSON.
-        """
-        pieces = [(self.bos, NOBODY)]
-        text = ""                                 # of ours, not yet encoded
-        for index, turn in enumerate(turns):
-            text += f"{turn.role.capitalize()}:\n"
-            content = _with_calls(turn)
-            if turn.role == "assistant":
-                pieces.append((self.encode(text), NOBODY))
-                pieces.append((self.encode(content), index))
-                pieces.append(([self.eot], NOBODY))
-                text = "\n\n"
-            else:
-                text += content + "\n\n"
-        if ask:
-            text += "Assistant:\n"
-        return [*pieces, (self.encode(text), NOBODY)]
+    @cached_property
+    def stops(self):
+        """Sampling stops at the end of a turn, of a text, and at what the model's folder names."""
+        return list(dict.fromkeys([self.end_of_turn.token, self.eot, *self.also_stops]))
 
     def save(self, folder):
         """What load_tokenizer reads, and what transformers' AutoTokenizer reads."""
@@ -126,30 +90,44 @@ class Tokenizer:
         _save_for_transformers(encoding, folder)
 
 
-def _with_calls(turn):
-    if "tool_calls" not in turn.more:
-        return turn.content
-    calls = json.dumps(json.loads(turn.more)["tool_calls"], ensure_ascii=False)
-    return f"{turn.content}\n{calls}" if turn.content else calls
+def spellings(tokens):
+    """A pattern of all that text from users must not be taken for: tokens, and chat.py's marks."""
+    marks = [chat.OPEN, chat.CLOSE]
+    longest_first = sorted([*tokens, *marks], key=len, reverse=True)
+    return re.compile("|".join(map(re.escape, longest_first)))
 
 
 class HFTokenizer(Tokenizer):
-    """A Hugging Face tokenizer, with its chat template if it has one."""
+    """A Hugging Face tokenizer, with its chat template if it has one.
 
-    def __init__(self, backend):
+    settings: {"template_args": {...}, "wrap": True}, from the command line. They are saved with
+    the tokenizer, because whoever uses the model must ask as it was trained.
+    """
+
+    def __init__(self, backend, settings=None):
         if backend.eos_token_id is None:
             raise SystemExit("--model: its tokenizer has no end-of-text token (eos_token)")
         self.backend, self.eot, self.vocab_size = backend, backend.eos_token_id, len(backend)
         self.known = {}                                    # texts that were tokenised ahead
         probe = backend("a").input_ids                     # does it begin with a BOS? ask it
         self.bos = [i for i in probe[:1] if i == backend.bos_token_id]
-        special = [str(t) for t in backend.added_tokens_decoder.values() if t.special]
-        self.control = re.compile("|".join(map(re.escape, special)))
+        tokens = backend.added_tokens_decoder.values()
+        self.added = re.compile("|".join(re.escape(str(token)) for token in tokens))
+        self.control = spellings([str(token) for token in tokens if token.special])
+        settings = backend.init_kwargs.get("nanokto", {}) | (settings or {})
+        self.template_args = settings.get("template_args", {})
+        self.wrap = settings.get("wrap", False)
+        if settings:
+            backend.init_kwargs["nanokto"] = settings
 
-    def encode(self, text):
-        if text in self.known:
+    @property
+    def has_template(self):
+        return bool(self.backend.chat_template)
+
+    def encode_whole(self, text, control):
+        if not control and text in self.known:
             return self.known[text]
-        ids = self.backend(text, add_special_tokens=False, split_special_tokens=True)
+        ids = self.backend(text, add_special_tokens=False, split_special_tokens=not control)
         return ids.input_ids
 
     def read_ahead(self, examples):
@@ -166,69 +144,17 @@ class HFTokenizer(Tokenizer):
     def decode(self, ids):
         return self.backend.decode([int(i) for i in ids])
 
-    def pieces(self, turns, ask):
-        """The template is rendered around markers, and each content is encoded apart:
-
-            messages   user [0:content]
-            rendered   <|user|>[0:content]</s><|assistant|>
-
-        so that only the template's own text can become a control token.
-        """
-        if not self.backend.chat_template:
-            return super().pieces(turns, ask)
-        hidden = []                                        # (text, index of its turn)
-
-        def hide(text, turn=NOBODY):
-            hidden.append((text, turn))
-            return f"\u27e6{len(hidden) - 1}:content\u27e7"
-
-        messages = [_message(turn, index, hide, self.control) for index, turn in enumerate(turns)]
-        try:
-            text = self.backend.apply_chat_template(messages, tokenize=False,
-                                                    add_generation_prompt=ask)
-        except Exception as error:                         # jinja's own errors, and transformers'
-            raise ValueError(f"the chat template refuses this conversation: {one_line(error)}")
-        # template, number, template, number, ..., template
-        parts = re.split("\u27e6(\\d+):content\u27e7", text)
-        own = parts[::2]
-        numbers = [int(n) for n in parts[1::2]]
-        if sorted(numbers) != list(range(len(hidden))) or re.search("[\u27e6\u27e7]", "".join(own)):
-            roles = ", ".join(turn.role for turn in turns)
-            raise ValueError(f"the chat template loses or changes a message; the roles are {roles}")
-        pieces = [(self._template_ids(own[0]), NOBODY)]
-        for number, after in zip(numbers, own[1:]):
-            content, turn = hidden[number]
-            pieces.append((self.encode(content), turn))
-            pieces.append((self._template_ids(after), NOBODY))
-        return pieces
-
-    def _template_ids(self, text):
-        """Tokens of the template's own text, where control tokens are control tokens."""
-        return self.backend(text, add_special_tokens=False).input_ids if text else []
-
     def save(self, folder):
         self.backend.save_pretrained(folder)
 
 
-def _message(turn, index, hide, control):
-    """A turn as chat templates want it, its texts hidden."""
-    message = {"role": turn.role, "content": ""}
-    if turn.content or "tool_calls" not in turn.more:
-        message["content"] = hide(turn.content, index)
-    if turn.more:
-        more = turn.more
-        if control.pattern:                    # a tool call may spell a control token, too
-            more = control.sub(lambda found: hide(found[0]), more)
-        message.update(json.loads(more))
-    return message
-
-
 # --- loading and saving ---------------------------------------------------------------------------
 
-def load_tokenizer(name=None, *, trust_remote_code=False):
+def load_tokenizer(name=None, *, trust_remote_code=False, settings=None):
     """A tokenizer: bytes (no name), or that of a folder or of a name of the Hugging Face hub.
 
     A folder has tiktoken.json (ours), vocab.bpe + encoder.json (GPT-2's) or tokenizer.json.
+    settings: of chats, see HFTokenizer.
     """
     if name is None:
         return Tokenizer(tiktoken.Encoding("bytes", pat_str=r"[^\n]+|\n",
@@ -253,7 +179,41 @@ def load_tokenizer(name=None, *, trust_remote_code=False):
     except Exception as error:         # many libraries' own: broken files, offline, no such name
         raise SystemExit(f"--tokenizer {name}: cannot be read, from a folder or online "
                          f"({one_line(error)})")
-    return HFTokenizer(backend)
+    tokenizer = HFTokenizer(backend, settings)
+    tokenizer.also_stops = stops_of(folder / "generation_config.json")
+    return tokenizer
+
+
+def stops_of(file):
+    """eos_token_id of a generation_config.json: a number, a list, or nothing."""
+    if not file.is_file():
+        return []
+    found = json.loads(file.read_text()).get("eos_token_id")
+    if found is None:
+        return []
+    return found if isinstance(found, list) else [found]
+
+
+def chat_settings(config):
+    """What the command line says of chats. What it does not say the tokenizer's folder may.
+
+    --template_args enable_thinking=false date=today
+    -> {"template_args": {"enable_thinking": False, "date": "today"}}
+    """
+    settings = {"wrap": True} if config.chat else {}
+    args = {}
+    for word in config.template_args:
+        name, equals, value = word.partition("=")
+        if not equals or not name.isidentifier():
+            raise SystemExit(f"--template_args {word}: expected NAME=VALUE, "
+                             "such as enable_thinking=false")
+        try:
+            args[name] = json.loads(value)
+        except ValueError:                                 # not JSON: a text
+            args[name] = value
+    if args:
+        settings["template_args"] = args
+    return settings
 
 
 def _our_encoding(folder):
@@ -287,4 +247,4 @@ def _save_for_transformers(encoding, folder):
     copy.save(str(folder / "tokenizer.json"))
     (folder / "tokenizer_config.json").write_text(json.dumps({
         "tokenizer_class": "PreTrainedTokenizerFast", "eos_token": EOT,
-        "clean_up_tokenization_spaces": False, "chat_template": PLAIN_TEMPLATE}))
+        "clean_up_tokenization_spaces": False, "chat_template": chat.PLAIN_TEMPLATE}))

@@ -76,8 +76,8 @@ def test_a_long_prompt_loses_its_left_end_and_leaves_room_for_a_reply():
                                      max_new_tokens=5)
         assert row.n_prompt == length and tokenizer.decode(row.ids[:length]).endswith("END")
         assert 1 <= len(row.response) <= 5
-    assert evaluate.cut_left([9, 1, 2, 3, 4], 3, [9]) == [9, 3, 4]          # 9: beginning of text
-    assert evaluate.cut_left([1, 2, 3, 4], 3, [9]) == [2, 3, 4]
+    assert data.cut_left([9, 1, 2, 3, 4], 3, [9]) == [9, 3, 4]          # 9: beginning of text
+    assert data.cut_left([1, 2, 3, 4], 3, [9]) == [2, 3, 4]
 
 
 # --- the embedded world ---------------------------------------------------------------------------

@@ -7,6 +7,7 @@ import tiktoken
 from hypothesis import given, settings, strategies as st
 
 from conftest import SHARED, needs_shared
+from plumbing.chat import Chat
 from plumbing.formats import Turn
 from plumbing.tokenizer import EOT, HFTokenizer, Tokenizer, load_tokenizer
 
@@ -68,7 +69,7 @@ def test_text_from_users_never_becomes_a_control_token(tokenizers, text):
     for tokenizer in (BYTES, tokenizers["plain"]):
         ids = tokenizer.encode(text)
         assert tokenizer.decode(ids) == text and max(ids, default=0) < 256   # a token per byte
-        assert tokenizer.prompt_ids(text) == tokenizer.bos + ids
+        assert tokenizer.prompt_ids(text) == (tokenizer.bos + ids or [tokenizer.eot])
         assert tokenizer.text([*ids, tokenizer.eot]) == text
 
 
@@ -76,9 +77,9 @@ def test_text_from_users_never_becomes_a_control_token(tokenizers, text):
 def test_a_template_renders_contents_exactly_and_only_its_own_text_is_control(tokenizers, turns):
     trim = tokenizers["trim"]
     wanted = [trim.backend.bos_token_id]                                 # one BOS, not two
-    for role, content in turns:                                          # untrimmed all the same
+    for role, content in turns:
         role = trim.backend.convert_tokens_to_ids(f"<|{role}|>")
-        wanted += [role, *trim.encode(content), trim.eot]
+        wanted += [role, *trim.encode(content.strip()), trim.eot]
     wanted.append(trim.backend.convert_tokens_to_ids("<|assistant|>"))
     assert trim.prompt_ids(tuple(Turn(*turn) for turn in turns)) == wanted
 
@@ -91,46 +92,8 @@ def test_without_a_template_a_conversation_is_named_turns_and_tool_calls_are_con
     turns = (Turn("user", "Q"), Turn("assistant", "Wait.", CALL), Turn("tool", "R"))
     text = f"User:\nQ\n\nAssistant:\nWait.\n{CALLS_TEXT}{EOT}\n\nTool:\nR\n\nAssistant:\n"
     assert BYTES.decode(BYTES.prompt_ids(turns)) == text
-    ids, owner = BYTES.conversation((turns[0], Turn("assistant", "", CALL)))
-    assert BYTES.text([i for i, turn in zip(ids, owner) if turn == 1]) == CALLS_TEXT
-
-
-# --- whose is a token? ----------------------------------------------------------------------------
-
-def test_a_turn_owns_its_content_and_its_end_and_nothing_else(tokenizers):
-    turns = tuple(Turn(*turn) for turn in [("user", "q1"), ("assistant", "a1"), ("user", "q2"),
-                                           ("assistant", "a2")])
-    for name, tokenizer in tokenizers.items():
-        ids, owner = tokenizer.conversation(turns)
-        for index in (1, 3):
-            own = [i for i, turn in zip(ids, owner) if turn == index]
-            assert tokenizer.text(own).strip() == f"a{(index + 1) // 2}"
-            assert own[-1] == tokenizer.eot
-        assert set(owner) == {-1, 1, 3} and ids[-1] == tokenizer.eot, name
-        ids, owner = tokenizer.conversation(turns, end=False)
-        assert tokenizer.decode(ids[-2:]) == "a2" and owner[-2:] == [3, 3] and 1 in owner
-        assert tokenizer.eot in ids                                      # an earlier turn's end
-
-
-def test_a_template_without_an_end_of_turn_still_ends_the_last_turn(tmp_path):
-    template = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
-    tokenizer = load_tokenizer(hf_folder(tmp_path, template))
-    ids, owner = tokenizer.conversation((Turn("user", "q"), Turn("assistant", "a")))
-    assert tokenizer.decode(ids[:-1]) == "user: q\nassistant: a" and ids[-1] == tokenizer.eot
-    assert owner[-2:] == [1, 1]
-
-
-def test_tool_calls_go_through_the_template_and_their_text_is_no_control_token(tokenizers):
-    chatml = tokenizers["chatml"]
-    turns = (Turn("user", "Q"), Turn("assistant", "", CALL), Turn("assistant", "A"))
-    ids, owner = chatml.conversation(turns)
-    says, mark = chatml.encode, chatml.backend.convert_tokens_to_ids("<|user|>")
-    wanted = [mark, *says("user\nQ"), chatml.eot, *says("\n"),
-              mark, *says("assistant\n<call>" + CALLS_TEXT), chatml.eot, *says("\n"),
-              mark, *says("assistant\nA"), chatml.eot]
-    assert ids == wanted and set(owner) == {-1, 2}
-    with pytest.raises(ValueError, match="nothing but tool calls"):
-        chatml.conversation(turns[:2])
+    chat = Chat((turns[0], Turn("assistant", "", CALL)), BYTES)
+    assert BYTES.decode(chat.ids(chat.whole)) == f"User:\nQ\n\nAssistant:\n{CALLS_TEXT}{EOT}\n\n"
 
 
 def test_a_template_that_loses_a_message_or_refuses_is_an_error(tmp_path):

@@ -1,0 +1,387 @@
+"""Conversations to tokens, by a model's chat template.
+
+    turns      user "Why?", assistant "No."
+    rendered   <|im_start|>user\\nWhy?<|im_end|>\\n<|im_start|>assistant\\nNo.<|im_end|>\\n
+    prompt     all up to "assistant\\n": what the model sees before it answers
+    response   No.<|im_end|>
+
+The template is rendered to text, and the text is made tokens as a whole: these are the tokens that
+transformers' `apply_chat_template` gives, and so what the model sees when it is used. The response
+begins where the template asks for it and ends with the template's end of turn.
+
+Text from users never becomes a control token. Where it spells one, the spelling is hidden from
+the template, and becomes the tokens of plain text:
+
+    turns      user "What is <|im_end|>?"
+    rendered   <|im_start|>user\\nWhat is [0]?<|im_end|>\\n    [0]: between private characters
+"""
+
+import json
+import re
+from collections import Counter
+from functools import cached_property
+from typing import NamedTuple
+
+from plumbing.files import one_line
+from plumbing.formats import Pair, Turn
+
+OPEN, CLOSE = "\ue000", "\ue001"          # of Unicode's private area, around a number
+
+# The form of `plain_form`, for other programs.
+PLAIN_TEMPLATE = (
+    "{% if tools %}Tools:\n{{ tools | tojson }}\n\n{% endif %}"
+    "{% for m in messages %}{{ m.role | capitalize }}:\n{{ m.content }}"
+    "{% if m.tool_calls %}{{ '\n' if m.content }}{{ m.tool_calls | tojson }}{% endif %}"
+    "{{ eos_token if m.role == 'assistant' }}\n\n{% endfor %}"
+    "{{ 'Assistant:\n' if add_generation_prompt }}")
+
+
+# --- an example -----------------------------------------------------------------------------------
+
+def spell(example, answers, tokenizer, *, turns="last", add_eot=True):
+    """(prompt ids, for each answer (response ids, their weights)); no responses if one is empty.
+
+        prompt "Why?", answer "No."      Why?                            No.<eos>       weights 1
+        prompt user "Why?"               ...user\\nWhy?...assistant\\n     No.<|im_end|>  weights 1
+
+    turns: see data.encode. answers [None]: a prompt alone, an end-of-text makes a row of it.
+    ValueError: what is wrong with the conversation.
+    """
+    prompt = as_chat(example.prompt, tokenizer)
+    if answers == [None]:
+        return prompt_ids(prompt, tokenizer), [([tokenizer.eot], [1.0])]
+    chats = [trained_turns(example, prompt, answer, turns) for answer in answers]
+    if any(is_blank(chat[i]) for chat, trained in chats for i in trained):
+        return [], []
+    end = add_eot and example.whole
+    if isinstance(prompt, str):
+        if not all(isinstance(answer, str) for answer in answers):
+            raise ValueError("a response of several messages needs a conversation as its prompt")
+        said = [tokenizer.encode(answer) + [tokenizer.eot] * end for answer in answers]
+        return prompt_ids(prompt, tokenizer), [(ids, [1.0] * len(ids)) for ids in said]
+    begin = min(len(prompt), *(trained[0] for _, trained in chats))
+    spelled = [spell_chat(Chat(chat, tokenizer), trained, begin, end) for chat, trained in chats]
+    first = spelled[0][0]
+    if any(ids != first for ids, _ in spelled):
+        raise ValueError("the chat template writes the prompt of chosen and rejected differently")
+    return first, [response for _, response in spelled]
+
+
+def as_chat(prompt, tokenizer):
+    """--chat: a text is what a user says."""
+    if tokenizer.wrap and isinstance(prompt, str):
+        return (Turn("user", prompt),)
+    return prompt
+
+
+def prompt_ids(prompt, tokenizer):
+    """A text as it is; a conversation by the template, up to where the answer begins."""
+    prompt = as_chat(prompt, tokenizer)
+    if isinstance(prompt, str):
+        ids = tokenizer.bos + tokenizer.encode(prompt)
+    else:
+        chat = Chat(prompt, tokenizer)
+        ids = chat.ids(chat.text(ask=True))
+    return ids or [tokenizer.eot]                          # none: as after a document's end
+
+
+def trained_turns(example, prompt, answer, turns):
+    """(the whole conversation, indices of its turns that are trained)"""
+    pair = isinstance(example, Pair)
+    if isinstance(prompt, str):
+        prompt = ()
+    if isinstance(answer, str):
+        answer = (Turn("assistant", answer),)
+    chat = (*prompt, *answer)
+    first = len(prompt)
+    if turns == "all" and not pair:
+        first = 0
+    agent = [i for i in range(first, len(chat)) if chat[i].role == "assistant"]
+    if turns == "all":
+        return chat, agent
+    if turns == "last":
+        return chat, agent[-1:]
+    if not pair or example.segment is None:
+        raise ValueError('--turns segment needs pairs with segment: {"start": 0, "end": 1}')
+    start, end = example.segment
+    if end > len(agent):        # equally many turns in both sides are what makes Z cancel
+        raise ValueError(f"the segment ends with the assistant's turn {end}, but one side has only "
+                         f"{len(agent)}")
+    return chat, agent[start:end]
+
+
+def is_blank(turn):
+    return not turn.content.strip() and not turn.more
+
+
+def spell_chat(chat, trained, begin, end):
+    """(prompt ids, (response ids, weights)); the response begins with turn `begin`.
+
+        chat      user "q1", assistant "a1", user "q2", assistant "a2"
+        begin 1, trained [3]
+        prompt    User:.q1..Assistant:.
+        response  a1<end>..User:.q2..Assistant:.a2<end>
+        weights   0 but for the last three tokens, a2<end>
+
+    What follows the last trained token is left out. end False: the last turn has no end.
+    """
+    last = len(chat.turns) - 1
+    if begin == last:
+        chat.keep_answer(begin)
+    starts = {turn: chat.start(turn) for turn in {begin, *trained}}
+    border = starts[begin]
+    prompt = chat.ids(chat.whole[:border])
+    ids, place, weights = prompt, border, []
+    for turn in trained:
+        stop = chat.stop(turn, starts[turn], end or turn != last)
+        for new, weight in ((starts[turn], 0.0), (stop, 1.0)):
+            if new > place:
+                longer = chat.longer(ids, place, new)
+                weights += [weight] * (len(longer) - len(ids))
+                ids, place = longer, new
+    mark = chat.tokenizer.end_of_turn.token
+    if end and trained[-1] == last and ids[-1] != mark:
+        ids = [*ids, mark]                                 # the template writes none
+        weights.append(1.0)
+    return prompt or [chat.tokenizer.eot], (ids[len(prompt):], weights)
+
+
+def shared(a, b):
+    """How many items a and b have in common from the left."""
+    if b[:len(a)] == a:
+        return len(a)
+    return next(i for i, item in enumerate(a) if b[i:i + 1] != a[i:i + 1])
+
+
+# --- a conversation -------------------------------------------------------------------------------
+
+class Chat:
+    """A conversation as the template writes it: characters, and tokens of them."""
+
+    def __init__(self, turns, tokenizer):
+        self.turns, self.tokenizer = turns, tokenizer
+        self.hidden = []                                   # spellings of control tokens
+        self.messages = self.hide([message_of(turn) for turn in turns])
+
+    @cached_property
+    def whole(self):
+        return self.text()
+
+    def text(self, n=None, ask=False):
+        """The first n turns as the template writes them; ask: up to where an answer begins."""
+        messages = self.messages[:n]
+        text = render(messages, self.tokenizer, ask)
+        for message in messages:
+            if message["role"] in ("system", "user") and message["content"].strip() not in text:
+                raise ValueError("the chat template loses or changes a message; the roles are "
+                                 + ", ".join(turn.role for turn in self.turns))
+        return text
+
+    def ids(self, text, follow=False):
+        """Tokens of rendered text. follow: it is no beginning, but goes on from other text."""
+        parts = re.split(f"{OPEN}(\\d+){CLOSE}", text)
+        ids = self.tokenizer.encode(parts[0], control=True, follow=follow)
+        for number, after in zip(parts[1::2], parts[2::2]):
+            ids += self.tokenizer.encode(self.hidden[int(number)], follow=True)
+            ids += self.tokenizer.encode(after, control=True, follow=True)
+        return ids
+
+    def longer(self, ids, place, new):
+        """Tokens of the whole text up to `new`, of which ids are those up to `place`.
+
+        They begin with ids: no token straddles `place`, also where it stands between line breaks.
+        """
+        longer = self.ids(self.whole[:new])
+        if longer[:len(ids)] == ids:
+            return longer
+        return ids + self.ids(self.whole[place:new], follow=True)
+
+    def hide(self, value):
+        """The same text, list or object, with a number for what spells a control token."""
+        if isinstance(value, str):
+            return self.tokenizer.control.sub(self.hide_one, value)
+        if isinstance(value, list):
+            return [self.hide(item) for item in value]
+        if isinstance(value, dict):
+            return {self.hide(key): self.hide(item) for key, item in value.items()}
+        return value
+
+    def hide_one(self, found):
+        self.hidden.append(found[0])
+        return f"{OPEN}{len(self.hidden) - 1}{CLOSE}"
+
+    # --- where an assistant's turn begins and ends, in the whole text
+
+    def start(self, turn):
+        """After what asks for it: the generation prompt, as far as the whole text has it.
+
+        Qwen3 asked without thinking:   <|im_start|>assistant\\n<think>\\n\\n</think>\\n\\n
+        an early turn in its history:   <|im_start|>assistant\\nNo.<|im_end|>
+        """
+        if turn == 0:
+            return max(0, self.whole.find(self.messages[0]["content"].strip()))
+        asked = self.text(turn, ask=True)
+        place = shared(asked, self.whole)
+        if place < len(asked) and place < shared(self.text(turn), asked):
+            raise ValueError(f"the chat template writes the first {turn} turns otherwise once "
+                             "others follow")
+        return place
+
+    def stop(self, turn, start, end=True):
+        """After its end of turn; without end, or where the template has none, after its content."""
+        mark = self.tokenizer.end_of_turn
+        found = -1
+        if mark.of_every_turn or turn == len(self.turns) - 1:
+            found = self.whole.find(mark.text, start)
+        if found >= 0 and end:
+            return found + len(mark.text)
+        content = self.messages[turn]["content"]
+        if found >= 0:                                     # "No. </s>": the blank is the template's
+            said = self.whole[start:found]
+            return start + len(said if said.endswith(content) else said.rstrip())
+        for said in (content, content.strip()):
+            place = self.whole.find(said, start)
+            if place >= 0:
+                return place + len(said)
+        raise ValueError(f"the chat template loses or changes turn {turn} of the conversation")
+
+    def keep_answer(self, turn):
+        """Where the template does not begin a finished answer as it asks for one, the file does.
+
+        DeepSeek-R1 asks with <think>, but writes no thoughts into a finished conversation.
+        """
+        asked = self.text(turn, ask=True) if turn else ""
+        if self.whole.startswith(asked):
+            return True
+        content = self.messages[turn]["content"]
+        if not content:
+            raise ValueError("the chat template hides where the tool calls begin")
+        self.whole = asked + content + self.tokenizer.end_of_turn.text
+        return False
+
+
+def message_of(turn):
+    """A turn as templates want it."""
+    if turn.role == "tools":
+        return {"role": "tools", "content": json.loads(turn.content)}
+    message = {"role": turn.role, "content": turn.content}
+    if turn.more:
+        message |= json.loads(turn.more)
+    return message
+
+
+def render(messages, tokenizer, ask):
+    """Messages as text; a first message of role "tools" is what the template knows as tools."""
+    if not tokenizer.has_template:
+        return plain_form(messages, tokenizer, ask)
+    tools = None
+    if messages and messages[0]["role"] == "tools":
+        tools, messages = messages[0]["content"], messages[1:]
+    try:
+        return tokenizer.backend.apply_chat_template(
+            messages, tools=tools, tokenize=False, add_generation_prompt=ask,
+            **tokenizer.template_args)
+    except Exception as error:                             # jinja's own errors, and transformers'
+        raise ValueError(f"the chat template refuses this conversation: {one_line(error)}")
+
+
+def plain_form(messages, tokenizer, ask):
+    """Without a template: "User:\\n" (or System, Assistant, Tool), the content, a blank line.
+
+    The assistant's turns end with the end-of-text. Tool calls follow the content, as JSON.
+    """
+    text = tokenizer.decode(tokenizer.bos)
+    for message in messages:
+        parts = [message["content"], message.get("tool_calls")]
+        said = [part if isinstance(part, str) else json.dumps(part, ensure_ascii=False)
+                for part in parts if part]
+        text += message["role"].capitalize() + ":\n" + "\n".join(said)
+        if message["role"] == "assistant":
+            text += tokenizer.decode([tokenizer.eot])
+        text += "\n\n"
+    if ask:
+        text += "Assistant:\n"
+    return text
+
+
+# --- what a template does, found by using it ------------------------------------------------------
+
+PROBE = [("user", "xyzzy0"), ("assistant", "xyzzy1"), ("user", "xyzzy2"), ("assistant", "xyzzy3")]
+
+
+class EndOfTurn(NamedTuple):
+    """The token that ends the assistant's turns."""
+    text: str
+    token: int
+    of_every_turn: bool                 # or only of the last one
+
+
+def find_end_of_turn(tokenizer):
+    """The first control token after an answer: Gemma's <end_of_turn>, ChatML's <|im_end|>.
+
+    Looked for inside of a conversation and at its end. The end-of-text, if there is none.
+    """
+    messages = [{"role": role, "content": content} for role, content in PROBE]
+    try:
+        parts = re.split("xyzzy[0-3]", render(messages, tokenizer, ask=False))
+    except ValueError:                                     # a run will say it of a row
+        parts = []
+    inside = last = None
+    if len(parts) == 5:
+        inside = tokenizer.added.search(parts[2])
+        last = tokenizer.added.search(parts[4])
+    if not last:
+        return EndOfTurn(tokenizer.decode([tokenizer.eot]), tokenizer.eot, False)
+    token = tokenizer.encode(last[0], control=True)[-1]
+    return EndOfTurn(last[0], token, bool(inside) and inside[0] == last[0])
+
+
+def remarks(examples, tokenizer, n=200):
+    """Lines to say once about a run's conversations: the end of a turn, and what is odd."""
+    if not tokenizer.has_template:
+        return []
+    prompts = [as_chat(example.prompt, tokenizer) for example in examples]
+    if all(isinstance(prompt, str) for prompt in prompts):
+        return ["note: --model has a chat template, but the rows are plain texts, which are "
+                "trained without it. --chat makes a user's turn of every prompt"]
+    ends = " and ".join(repr(tokenizer.decode([token])) for token in tokenizer.stops)
+    lines = [f"chat: a turn ends with {tokenizer.end_of_turn.text!r}; sampling stops at {ends}"]
+    counts = Counter()
+    for example, prompt in zip(examples[:n], prompts):
+        if not isinstance(prompt, str):
+            counts.update(oddities(example, prompt, tokenizer))
+    of = f"of {counts['chats']}"
+    line = f"chat: {counts['differ']} {of} prompts differ from apply_chat_template's tokens"
+    if counts["spelled"]:
+        line += f"; {counts['spelled']} spell a control token, which stays plain text here"
+    lines.append(line)
+    if counts["answers"]:
+        lines.append(f"chat: {counts['answers']} {of} answers follow the generation prompt as the "
+                     "file has them; the template begins a finished answer otherwise")
+    if counts["tools"]:
+        lines.append(f"chat: {counts['tools']} {of} prompts have tools, and the template leaves "
+                     "them out")
+    return lines
+
+
+def oddities(example, prompt, tokenizer):
+    """Names of what is odd about a prompt, and of its answer.
+
+    differ: from the tokens that the model sees when it is used, by transformers' own rendering.
+    """
+    yield "chats"
+    chat = Chat(prompt, tokenizer)
+    messages = [message_of(turn) for turn in prompt]
+    real = render(messages, tokenizer, ask=True)
+    if prompt_ids(prompt, tokenizer) != tokenizer.encode(real, control=True):
+        yield "differ"
+        if chat.hidden:
+            yield "spelled"
+    if prompt[0].role == "tools" and real == render(messages[1:], tokenizer, ask=True):
+        yield "tools"
+    answers = [getattr(example, name, None) for name in ("completion", "chosen")]
+    for answer in answers:
+        if answer and isinstance(answer, str):
+            whole = Chat((*prompt, Turn("assistant", answer)), tokenizer)
+            if not whole.keep_answer(len(prompt)):
+                yield "answers"

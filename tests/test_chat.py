@@ -206,7 +206,7 @@ def test_tools_and_their_calls_are_written_by_the_template(tokenizers):
     qwen3 = tokenizers["qwen3"]
     row = {"messages": [{"role": "user", "content": "q"}, CALL], "label": True, "tools": TOOLS}
     for tools in (TOOLS, json.dumps(TOOLS)):                             # many files have a text
-        _, (example,) = parse({**row, "tools": tools})
+        (example,) = parse({**row, "tools": tools})[1]
         real = qwen3.backend.apply_chat_template(
             row["messages"][:1], tools=TOOLS, add_generation_prompt=True, tokenize=False)
         assert qwen3.decode(qwen3.prompt_ids(example.prompt)) == real

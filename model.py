@@ -428,8 +428,8 @@ if __name__ == "__main__":  # a lesson: python model.py
 
     torch.manual_seed(0)
     policy = GPT(GPTConfig(vocab_size=257, context=32, n_layer=2, n_head=2, d_model=32))
-    rows = [data.make_row(b"Hot?", [*answer, 256]) for answer in (b"Yes.", b"No!")]
-    rows.append(data.make_row(b"Why", [*b"Dust", 256]))
+    rows = [data.make_row([*b"Hot?"], [*answer, 256]) for answer in (b"Yes.", b"No!")]
+    rows.append(data.make_row([*b"Why"], [*b"Dust", 256]))
     flat = data.flatten(rows, share=True)
     with torch.no_grad():
         trunk = policy.hidden(*flat[:3], slice(None))

@@ -37,9 +37,8 @@ import numpy as np
 import torch
 
 import data
-import rollouts
 import world
-from plumbing import formats
+from plumbing import formats, rewards
 from plumbing.huggingface import load_policy
 from plumbing.judges import (export_pairs, kept_comparison, length_controlled, prompt_text,
                              read_result, read_verdicts, save_result, write_comparison)
@@ -207,7 +206,7 @@ def held_out_prompts(record, files, n, seed):
 
 
 def judge_comparison(out, record, rows, judge, name):
-    """A judge's scores (judge: of `rollouts.load_reward`; name: its text) become a win rate."""
+    """A judge's scores (judge: of `rewards.load_reward`; name: its text) become a win rate."""
     prompts = [row["prompt"] for row in rows]
     scores = np.array(judge(prompts, [row["policy"] for row in rows]))
     ref_scores = np.array(judge(prompts, [row["reference"] for row in rows]))
@@ -436,7 +435,7 @@ def compare_and_judge(args, record):
     """Sample a comparison, or take the one that is kept; judge it, export it, read verdicts."""
     judge = None
     if args.judge:                                        # before minutes of sampling
-        judge = rollouts.load_reward(args.judge, device=args.device, flag="judge")
+        judge = rewards.load_reward(args.judge, device=args.device, flag="judge")
     rows = comparison_for(args, record)
     if judge:
         print(win_rate_lines(judge_comparison(args.run, record, rows, judge, args.judge)))

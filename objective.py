@@ -18,8 +18,8 @@ Words.
     row    one sequence, prompt and response (data.Row); its mask says which tokens count
     unit   the rows of one example: (y,), (y, y'), (chosen, rejected) or (chosen, rejected, target).
            y' is the mismatched row: this prompt with another prompt's response, for KTO's z0 (with
-           --z0 on_policy the policy's own response). The first `trained` rows carry a gradient,
-           the others are only measured
+           --z0 on_policy or --online the policy's own response). The first `trained` rows carry a
+           gradient, the others are only measured
     batch  the units of one optimiser step, over all processes
     part   some units of a batch: what one forward takes
 
@@ -49,7 +49,8 @@ class Quantity(NamedTuple):
     row: int               # which row of a unit it speaks of: 0 chosen, 1 rejected, 2 target
     scope: str             # example, position, batch or token: see below
     needs: tuple           # "reference": its log-probs. "distributions": the reference's model, at
-                           # every step. "partners": mismatched rows. "author": own responses
+                           # every step. "partners": mismatched rows. "author": own responses,
+                           # which carry rewards
     zero: bool             # is it 0 where policy and reference are equal?
 
 
@@ -63,7 +64,7 @@ def measured(*names, scope="example", needs=(), zero=False):
     example   f(part, row)                        (b,)  one number per unit of the part
     position  f(logits, targets, ref_logits)      (m,)  per token; summed over the response
     batch     f(whole, row)                       any   once per step, without gradient
-    token     rollouts.py measures it             (m,)  per token that the policy wrote
+    token     rollouts.OnPolicy measures it       (m,)  per token that the policy wrote
     """
     def register(compute):
         for row, name in enumerate(names):
@@ -90,6 +91,15 @@ def ref_log_prob(part, row):
     return part.ref_logps[:, row]
 
 
+@measured("old_chosen_logps", "old_rejected_logps", needs=["reference"])
+def old_log_prob(part, row):
+    """log pi_old(y|x), no gradient: of the policy that wrote y (--online), else the reference's.
+
+    A file does not say who wrote its responses; the reference stands for their author.   (b,)
+    """
+    return part.old_logps[:, row]
+
+
 @measured("chosen_logratios", "rejected_logratios", needs=["reference"], zero=True)
 @measured("logratios", needs=["reference"], zero=True)
 def log_ratio(part, row):
@@ -106,14 +116,18 @@ def response_length(part, row):
 
 @measured("chosen_win_prob", "rejected_win_prob")
 def win_probability(part, row):
-    """The response's mean probability of winning, from the data (SPPO).   (b,)"""
+    """The response's mean probability of winning: the data's, or in its group (--online).   (b,)"""
     return part.column(unit[row].win_prob for unit in part.units)
 
 
 @measured("score_gap")
 def score_gap(part, row):
-    """Score of chosen minus score of rejected, from the data (ODPO).   (b,)"""
-    return part.column(unit[0].score - unit[1].score for unit in part.units)
+    """Score of chosen minus score of rejected: the data's, or their rewards (--online).   (b,)
+
+    1 in an example that has no weight, such as an online tie: ODPO takes the logarithm.
+    """
+    gaps = [unit[0].score - unit[1].score for unit in part.units]
+    return torch.where(part["weight"] > 0, part.column(gaps), 1.0)
 
 
 @measured("desirable")
@@ -125,7 +139,8 @@ def thumb(part, row):
 
 @measured("weight")
 def example_weight(part, row):
-    """The file's column `weight`, by which Preferences.losses multiplies each loss.   (b,)"""
+    """What the example's loss is multiplied by: a file's column `weight`; 0 for an online tie.   (b,)
+    """
     return part.column(unit[row].weight for unit in part.units)
 
 
@@ -197,11 +212,15 @@ def running_margin(whole, row):
 
 # --- one number per token that the policy wrote -------------------------------------------------
 
-@measured("token_logps", "old_token_logps", "values", "old_values", "advantages", "returns",
-          scope="token", needs=["reference", "distributions", "author"])
+@measured("token_logps", "old_token_logps", "ref_token_logps",       # pi, who wrote it, reference
+          "advantages", "values", "old_values", "returns",           # with a critic: ppo.gae
+          "group_advantages", "centred_advantages",                  # of a response, on each of
+          "loo_advantages", "batch_advantages",                      # its tokens: see ppo.py
+          "response", "response_len",              # whose token it is, 0 to b - 1; its tokens
+          scope="token", needs=["reference", "author"])
 def token_quantity(measured_tokens, row):
-    """What PPO's loss is told: see rollouts.py, which measures these."""
-    raise LookupError("token quantities are measured by the PPO objective, not by this one")
+    """What PPO, GRPO and their kin are told: see rollouts.py, which measures these."""
+    raise LookupError("token quantities are measured by rollouts.OnPolicy, not by this objective")
 
 
 # --- from a signature to what must be measured --------------------------------------------------
@@ -233,6 +252,16 @@ def needs(wants, given=()):
 
 def is_paired(wants):
     return any(name.startswith(("chosen_", "rejected_")) for name in wants)
+
+
+def divisor(loss, units):
+    """What a step divides the sum of the losses by: its units, or where the loss says so, tokens.
+
+    A loss says it like this: `token_nll_loss.mean_over = "tokens"`.
+    """
+    if getattr(loss, "mean_over", "units") == "tokens":
+        return sum(unit[0].length for unit in units)
+    return len(units)
 
 
 # --- log-probs of units -------------------------------------------------------------------------
@@ -280,23 +309,33 @@ def score(policy, units, what=""):
 class Reference:
     """log pi_ref of a batch: rows of a `table` that was measured once, else a `model` asked anew.
 
-    No reference at all is a table of zeros. `mix` and `every` make it a moving one (TR-DPO).
+    Without either, log pi_ref is 0: no reference at all. `mix` and `every` make it a moving one
+    (TR-DPO); with `lags` it moves to where the policy was one update before (humanline). HALOs
+    moves it between gradient and update, with the same effect. Moved after the update it would BE
+    the policy at the next step: all log-ratios 0, and nothing to clamp.
     """
     table: torch.Tensor = None       # (units of the data set, rows per unit) float64
     model: object = None             # for losses that look at whole distributions, too
     mix: float = 0.0
     every: int = 0
+    lags: bool = False
+    before: list = None              # the policy's weights as the step began, if it lags
 
-    def logps(self, indices, units):
+    def logps(self, indices, units, policy=None):
         """Of these units, whose places in the data set are `indices`.   (B, rows per unit)"""
+        if self.lags:
+            self.before = [p.detach().clone() for p in policy.parameters()]
         if self.table is not None:
             return self.table[indices]
+        if self.model is None:
+            return torch.zeros(len(units), len(units[0]), dtype=torch.float64)
         return score(self.model, units)
 
     def follow(self, policy, step):
         """Every so many steps the reference becomes mix * policy + (1 - mix) * reference."""
         if self.every and (step + 1) % self.every == 0:
-            for mine, theirs in zip(self.model.parameters(), policy.parameters()):
+            source = self.before or policy.parameters()
+            for mine, theirs in zip(self.model.parameters(), source):
                 mine.data.lerp_(theirs.data, self.mix)
 
 
@@ -308,6 +347,7 @@ class Batch:
     n: int                           # what the loss is a mean over: units, or tokens
     known: dict                      # what carries no gradient, by name
     ref_logps: torch.Tensor = None   # (units, rows per unit)
+    old_logps: torch.Tensor = None   # the same, of the policy that wrote the responses
     part_size: int = 0               # units of a part, where the loss asks for it; 0: any
 
 
@@ -341,6 +381,7 @@ class Part:
     ref_logps: torch.Tensor          # (b, trained), or None
     position_sums: dict              # position function -> (b, trained)
     known: dict                      # what was measured over the whole batch
+    old_logps: torch.Tensor = None   # (b, trained), or None
 
     def __getitem__(self, name):
         if name in self.known:
@@ -360,10 +401,14 @@ def as_like(tensor, other):
     return tensor.to(other.dtype).to(other.device)
 
 
+def same_policy(policy):
+    return policy
+
+
 # --- objectives ---------------------------------------------------------------------------------
 
 class Objective:
-    """What the loop asks of anything that learns: Preferences below, rollouts.PPO elsewhere.
+    """What the loop asks of anything that learns: Preferences below, rollouts.OnPolicy elsewhere.
 
     Both define batches(policy, step), measure(policy, batch, part), and for the log
     watch(measured, losses), report(sums, batch), tokens(batch), first_look(policy).
@@ -385,11 +430,12 @@ class Preferences(Objective):
     """KTO, DPO and their relatives, SFT, reward models: responses that somebody has judged."""
 
     def __init__(self, loss, hyper, units, reference, *, batch_size, seed, trained, given=None,
-                 own_answers=None, mean_over_tokens=False):
+                 author=None, passes=1, through=None):
         """given: {measured name: tensor}, set by a flag instead of measured (a fixed z0).
 
-        own_answers(policy, units, seed): each unit's y' is the policy's own (z0 on policy).
-        mean_over_tokens: the SFT stage, whose loss is a mean per token.
+        author(policy, units, step) -> (units, stats): what is written anew at every step, and what
+        the log says of it. None: the data's responses as they are. passes: updates on each batch.
+        through(policy): what is measured in the policy's place (humanline).
         """
         super().__init__(loss, hyper, reference)
         self.units = units
@@ -397,8 +443,10 @@ class Preferences(Objective):
         self.seed = seed
         self.trained = trained
         self.given = given or {}
-        self.own_answers = own_answers
-        self.mean_over_tokens = mean_over_tokens
+        self.author = author
+        self.passes = passes
+        self.through = through or same_policy
+        self.stats = {}                                      # of what the author wrote
         found = {name: MEASURED[name] for name in self.wants if name not in self.given}
         self.over_batch = [name for name, q in found.items() if q.scope == "batch"]
         self.zero_at_equal = [name for name, q in found.items() if q.zero]
@@ -413,23 +461,24 @@ class Preferences(Objective):
         """The one batch of this step: a function of (data, seed, step)."""
         indices = data.batch_rows(len(self.units), self.batch_size, seed=self.seed, step=step)
         units = [self.units[i] for i in indices]
-        if self.own_answers:
-            own = self.own_answers(policy, units, [self.seed, step])
-            units = [(*unit, answer) for unit, answer in zip(units, own)]
-        ref_logps = None
+        if self.author:
+            units, self.stats = self.author(policy, units, step)
+        ref_logps = old_logps = None
         if self.reference is not None:
-            ref_logps = self.reference.logps(indices, units)
-        whole = Whole(policy, units, ref_logps, self.trained, self.hyper, self.running)
+            ref_logps = old_logps = self.reference.logps(indices, units, policy)
+        if self.author and "old_chosen_logps" in self.wants:
+            old_logps = score(policy, units)
+        seen = self.through(policy)
+        whole = Whole(seen, units, ref_logps, self.trained, self.hyper, self.running)
         known = dict(self.given)
         for name in self.over_batch:
             known[name] = MEASURED[name].compute(whole, MEASURED[name].row)
-        n = len(units)
-        if self.mean_over_tokens:
-            n = sum(unit[0].length for unit in units)
         part_size = 0
         if getattr(self.loss, "needs_whole_batch", False):   # it sorts its rows
             part_size = len(units)
-        yield Batch(units, n, known, ref_logps, part_size)
+        n = divisor(self.loss, units)
+        for _ in range(self.passes):
+            yield Batch(units, n, known, ref_logps, old_logps, part_size)
 
     # --- a part of it, with gradient
 
@@ -439,16 +488,19 @@ class Preferences(Objective):
 
     def measure(self, policy, batch, part):
         units = [batch.units[i][:self.trained] for i in part]
+        policy = self.through(policy)
         position_sums = {}
         if self.over_positions:
             own, *sums = logps(policy, units, self.extra(units))
             position_sums = dict(zip(self.over_positions, sums))
         else:
             own = logps(policy, units)
-        ref_logps = None
-        if batch.ref_logps is not None:
-            ref_logps = as_like(batch.ref_logps[part, :self.trained], own)
-        return Part(units, own, ref_logps, position_sums, batch.known)
+        tables = []
+        for table in (batch.ref_logps, batch.old_logps):
+            if table is not None:
+                table = as_like(table[part, :self.trained], own)
+            tables.append(table)
+        return Part(units, own, tables[0], position_sums, batch.known, tables[1])
 
     def extra(self, units):
         """What the policy's forward is to measure at every position: see model.Policy.forward.

@@ -1,15 +1,30 @@
-"""PPO: the policy writes, a reward judges, and a clipped update makes the better tokens likelier.
+"""The policy writes, a reward judges, and the better tokens become likelier: PPO, GRPO, their kin.
 
 Papers: Schulman et al. 2017, "Proximal Policy Optimization Algorithms", arXiv 1707.06347 (PPO);
 Schulman et al. 2015, arXiv 1506.02438 (GAE); for language models: Ziegler et al. 2019,
-arXiv 1909.08593, and Ouyang et al. 2022, arXiv 2203.02155 (InstructGPT).
+arXiv 1909.08593, and Ouyang et al. 2022, arXiv 2203.02155 (InstructGPT); without a critic: Shao
+et al. 2024, arXiv 2402.03300 (GRPO), and what each function below names.
 
     1  a reward model learns from pairs          reward_model_loss
     2  the policy answers a batch of prompts     (rollouts.py: it samples, and a reward judges)
     3  a reward for every token                  token_rewards, kl_estimates
-    4  was this token better than expected?      gae, whiten
-    5  a few clipped steps on the same samples   ppo_loss, value_loss, actor_critic_loss
+    4  was it better than expected?              of a token, by a critic: gae, whiten
+                                                 of a response, by its group: group_advantages,
+                                                 centred_, loo_, batch_advantages
+    5  a step, or a few, on the same samples     per token: ppo_loss, grpo_loss, ...
        and again from 2
+
+One picture holds the whole family. Where pi is still pi_old, the policy that sampled, each of these
+losses has the gradient of REINFORCE, - sum_t A_t grad log pi(y_t|s_t) / divisor:
+
+    name        A                                 divided by            once pi has moved
+    ppo         per token, critic, whitened       tokens of the batch   clip of each token's ratio
+    reinforce   R - mean of the batch             responses             (one update per sample)
+    rloo        R - mean of the OTHERS            responses             (one update per sample)
+    grpo        (R - mean) / std of the group     own length; responses clip of each token's ratio
+    dr_grpo     R - mean of the group             a constant; responses clip of each token's ratio
+    dapo        as grpo                           tokens of the batch   clip, wider above than below
+    gspo        as grpo                           own length; responses clip of the RESPONSE's ratio
 
 This file is the mathematics and needs torch alone. Its last function, offline_ppo_loss, takes
 PPO's step on thumbs from a file, without any sampling.
@@ -25,7 +40,12 @@ Notation. log is natural. A token is an action y_t, the text before it is its st
     mask             (B, T)  > 0 on response tokens; elsewhere inputs may hold anything, also NaN
     scores           (B,)    the reward of a whole response
 The two clipped losses give one number per token, 0 where mask is 0; the step divides their sum
-by the number of tokens. They and whiten also take flat rows, (M,). float64 in, float64 out.
+by the number of tokens. They and whiten also take flat rows, (M,): M tokens that all count. So do
+the losses without a critic, whose `mean_over` says what the step divides by, and for them
+    *_advantages     (M,)    A of the response that a token belongs to
+    response         (M,)    which response that is, 0 to b - 1
+    response_len     (M,)    and how many tokens it has
+float64 in, float64 out.
 """
 
 import math
@@ -135,7 +155,58 @@ def whiten(x, mask):
     return centred / (variance + 1e-8).sqrt()
 
 
+# --- 4. without a critic: better than the other responses to this prompt? ------------------------
+
+@torch.no_grad()
+def centred_advantages(rewards):
+    """R - mean of the group; exactly 0 where all its rewards are equal.   (n, G) -> (n, G)
+
+    Paper: Liu et al. 2025, Understanding R1-Zero-Like Training (Dr. GRPO), arXiv 2503.20783
+    The baseline contains R itself, so on average this is (G - 1) / G of an unbiased advantage.
+    """
+    centred = rewards - rewards.mean(1, keepdim=True)
+    ties = rewards.amax(1, keepdim=True) == rewards.amin(1, keepdim=True)
+    return torch.where(ties, 0.0, centred)               # a mean of equal numbers may be rounded
+
+
+@torch.no_grad()
+def group_advantages(rewards):
+    """(R - mean) / (std + 1e-4) over the group, std unbiased.   (n, G) -> (n, G)
+
+    Paper: Shao et al. 2024, DeepSeekMath, arXiv 2402.03300 (4.1.2); 1e-4 and the unbiased std are
+           TRL's, and other code has others
+    Trap: the division gives every prompt the same weight, however little its responses differ. At
+    rewards 0, 0, 0, 1e-3 the advantages are those of 0, 0, 0, 1: noise in the reward is scaled up.
+    """
+    return centred_advantages(rewards) / (rewards.std(1, keepdim=True) + 1e-4)
+
+
+@torch.no_grad()
+def loo_advantages(rewards):
+    """R_i - mean of the G - 1 others.   (n, G) -> (n, G)
+
+    Paper: Ahmadian et al. 2024, Back to Basics (RLOO), arXiv 2402.14740
+    The baseline does not know y_i, so the gradient is unbiased. It is centred_advantages times
+    G / (G - 1).
+    """
+    size = rewards.shape[1]
+    return centred_advantages(rewards) * size / (size - 1)
+
+
+@torch.no_grad()
+def batch_advantages(rewards):
+    """R - mean of all rewards of the batch.   (n, G) -> (n, G)"""
+    return centred_advantages(rewards.reshape(1, -1)).view_as(rewards)
+
+
 # --- 5. the clipped step --------------------------------------------------------------------------
+
+def clipped(log_ratio, advantages, low, high):
+    """-min(ratio A, clip(ratio, 1 - low, 1 + high) A), which PPO and its kin share.   (M,)"""
+    ratio = log_ratio.clamp(max=MAX_LOG_RATIO).exp()
+    clipped_ratio = ratio.clamp(1 - low, 1 + high)
+    return torch.maximum(-advantages * ratio, -advantages * clipped_ratio)
+
 
 def ppo_loss(token_logps, old_token_logps, advantages, mask, *, clip=0.2):
     """-min(ratio A, clip(ratio, 1 - eps, 1 + eps) A),  ratio = pi(y_t|s_t) / pi_old(y_t|s_t).
@@ -152,9 +223,7 @@ def ppo_loss(token_logps, old_token_logps, advantages, mask, *, clip=0.2):
     on = mask > 0
     advantages = torch.where(on, advantages.detach(), 0.0)
     log_ratio = torch.where(on, token_logps - old_token_logps.detach(), 0.0)    # before exp: no inf
-    ratio = log_ratio.clamp(max=MAX_LOG_RATIO).exp()
-    clipped_ratio = ratio.clamp(1 - clip, 1 + clip)
-    return torch.maximum(-advantages * ratio, -advantages * clipped_ratio)              # Eq. 7
+    return clipped(log_ratio, advantages, clip, clip)                                   # Eq. 7
 
 
 def value_loss(values, old_values, returns, mask, *, clip_value=0.2):
@@ -188,6 +257,108 @@ def actor_critic_loss(token_logps, values, old_token_logps, old_values, advantag
     return policy_term + vf_coef * critic_term
 
 
+# --- without a critic: flat tokens that all count, (M,) -------------------------------------------
+
+def grpo_loss(token_logps, old_token_logps, ref_token_logps, group_advantages, response_len,
+              *, clip=0.2, kl_coef=0.04):
+    """[-min(ratio A, clip(ratio) A) + kl_coef k3] / length, A = (R - mean) / std of the group.
+
+    Paper: Shao et al. 2024, DeepSeekMath, arXiv 2402.03300 (Eq. 3 and 4)
+    Idea: G responses to one prompt are each other's baseline, so there is no critic.
+    k3 = e^-d - 1 + d with d = log pi/ref, per token. Its VALUE is an unbiased estimate of
+    KL(pi || ref), but its gradient on samples of pi is that of the other direction, KL(ref || pi).
+    Trap: the division by a response's own length makes a token of a long bad response count less,
+    so wrong answers grow long (dr_grpo). Groups with equal rewards have A = 0: only k3 is left.
+    """
+    step = clipped(token_logps - old_token_logps, group_advantages, clip, clip)
+    k3 = kl_estimates(token_logps, ref_token_logps)[2]
+    return (step + kl_coef * k3) / response_len
+
+
+def dr_grpo_loss(token_logps, old_token_logps, centred_advantages, *, clip=0.2, max_tokens=100.0):
+    """-min(ratio A, clip(ratio) A) / max_tokens, A = R - mean of the group.
+
+    Paper: Liu et al. 2025, Understanding R1-Zero-Like Training (Dr. GRPO), arXiv 2503.20783
+    Idea: GRPO "done right": no division by the own length, none by the std of the group.
+    What is left is REINFORCE with the group as its baseline, (G - 1) / G of the true gradient. The
+    divisor is a constant (the authors: the longest response that may be sampled), which AdamW
+    nearly cancels. Trap: A is in the reward's units, so scaling the reward scales the step.
+    """
+    return clipped(token_logps - old_token_logps, centred_advantages, clip, clip) / max_tokens
+
+
+def dapo_loss(token_logps, old_token_logps, group_advantages, *, clip_low=0.2, clip_high=0.28):
+    """-min(ratio A, clip(ratio, 1 - clip_low, 1 + clip_high) A) over the TOKENS of the batch.
+
+    Paper: Yu et al. 2025, DAPO, arXiv 2503.14476 (Eq. 8)
+    Idea: all tokens count alike, and an unlikely token has more room to grow than to shrink: at
+    clip 0.2 one of probability 0.01 may only reach 0.012, and exploration dies ("clip higher").
+    Departures: groups with equal rewards are not sampled again but have A = 0 (`ties` in the log);
+    no penalty for responses that are too long.
+    """
+    return clipped(token_logps - old_token_logps, group_advantages, clip_low, clip_high)
+
+
+def gspo_loss(token_logps, old_token_logps, group_advantages, response, response_len,
+              *, clip_low=3e-4, clip_high=4e-4):
+    """-min(s A, clip(s) A) / length on each token, s = exp(mean of the response's log-ratios).
+
+    Paper: Zheng et al. 2025, Group Sequence Policy Optimization, arXiv 2507.18071 (Eq. 5 and 7)
+    Idea: the reward is a response's, so the ratio and its clip are, too: all its tokens or none.
+    Its tokens share the response's loss evenly, so their sum is the paper's term. s is a mean over
+    tokens, no product: it hardly leaves 1, hence clips of a few 1e-4. At the first update after
+    sampling s = 1, and this is GRPO without k3.
+    """
+    log_ratio = mean_log_ratio(token_logps - old_token_logps, response)
+    return clipped(log_ratio, group_advantages, clip_low, clip_high) / response_len
+
+
+def mean_log_ratio(log_ratio, response):
+    """The mean over a token's response, on each of its tokens.   (M,), (M,) -> (M,)"""
+    total = torch.zeros_like(log_ratio).index_add(0, response, log_ratio)
+    return (total / response.bincount(minlength=len(total)).clamp(min=1))[response]
+
+
+def rloo_loss(token_logps, loo_advantages):
+    """-A log pi(y_t|s_t), A = R - mean of the other responses to the prompt.
+
+    Paper: Ahmadian et al. 2024, Back to Basics (RLOO), arXiv 2402.14740
+    Idea: after SFT a language model needs no clip and no critic: REINFORCE with a good baseline.
+    A response is one action: its tokens' terms add up to -A log pi(y|x). R contains the penalty
+    -kl_coef log pi/ref (the recipe's flag). Trap: there is no ratio that would correct for a policy
+    that has moved on, so a sample is good for one update. The loss itself says nothing: watch R.
+    """
+    return -loo_advantages * token_logps
+
+
+def reinforce_loss(token_logps, batch_advantages):
+    """-A log pi(y_t|s_t), A = R - mean over the batch.
+
+    Paper: Williams 1992, Simple statistical gradient-following algorithms, Machine Learning 8
+    Idea: what was better than average becomes likelier; all else here is a refinement of this.
+    Works with one response per prompt. Trap: the baseline mixes prompts, so on an easy prompt even
+    a poor response is pushed up. R contains the KL penalty, as in rloo.
+    """
+    return -batch_advantages * token_logps
+
+
+def humanline_grpo_loss(token_logps, old_token_logps, ref_token_logps, group_advantages,
+                        response_len, *, clip=0.2, kl_coef=0.04, log_eps_p=-1.0, log_eps_r=1.5):
+    """grpo_loss of log-ratios clamped to [log_eps_p, log_eps_r], before PPO's clip.
+
+    Paper: Liu et al. 2025, Humanline: Online Alignment as Perceptual Loss, arXiv 2509.24207
+    Idea: people misjudge extreme probabilities; a token that is too far off is not perceived.
+    PPO's clip keeps the slope of a token that has moved the WRONG way; beyond the clamp it has none
+    either. Within it this is GRPO, so the two differ only where pi is far from pi_old. Source:
+    the authors' HALOs, train/trainers.py, where the ratio is to a reference that follows the
+    policy; here it is to the policy that sampled.
+    """
+    log_ratio = (token_logps - old_token_logps).clamp(log_eps_p, log_eps_r)
+    step = clipped(log_ratio, group_advantages, clip, clip)
+    k3 = kl_estimates(token_logps, ref_token_logps)[2]
+    return (step + kl_coef * k3) / response_len
+
+
 # --- offline: thumbs as episodes of one step ------------------------------------------------------
 
 def offline_ppo_loss(logratios, desirable, *, clip=0.5, kl_coef=0.1):
@@ -210,10 +381,20 @@ def offline_ppo_loss(logratios, desirable, *, clip=0.5, kl_coef=0.1):
     return clipped_step - kl_coef * logratios
 
 
+actor_critic_loss.mean_over = "tokens"   # of the batch; the others: a sum per response, then a mean
+dapo_loss.mean_over = "tokens"
+
 LOSSES = {                               # name on the command line -> function
     "offline_ppo": offline_ppo_loss,     # thumbs from a file
     "rm": reward_model_loss,             # pairs -> a reward model
     "ppo": actor_critic_loss,            # prompts and a reward; the policy writes
+    "grpo": grpo_loss,
+    "dr_grpo": dr_grpo_loss,
+    "dapo": dapo_loss,
+    "gspo": gspo_loss,
+    "rloo": rloo_loss,
+    "reinforce": reinforce_loss,
+    "humanline_grpo": humanline_grpo_loss,
 }
 
 

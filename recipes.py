@@ -3,8 +3,10 @@
 A preference method answers four questions, and a recipe holds the answers:
 
     Who wrote the responses?              stage_units     the data; the last stage's policy (SPIN)
+                                          objective       the policy, at every step (--online)
     Which tokens, how much of each?       prepare         all; a down-weighted tail (LD-DPO)
     Compared with what?                   reference       a frozen model; a moving one; nothing
+                                          objective       ... token by token (humanline)
     Which curve is put on it?             loss            kto.py, dpo_variants.py, ppo.py
 
 Every answer is a function. A loss without an entry here is a recipe with the usual answers, so
@@ -20,7 +22,7 @@ The functions get `run` (plumbing/run.py), which knows the settings and loads mo
 import json
 import re
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
 from functools import partial
 
@@ -32,8 +34,8 @@ import dpo_variants
 import kto
 import ppo
 import rollouts
-from objective import Preferences, Reference, is_paired, needs, score, signature
-from plumbing import parallel, rundir
+from objective import Preferences, Reference, is_paired, needs, signature
+from plumbing import parallel, rewards, rundir
 
 
 # --- which tokens, and of which rows ------------------------------------------------------------
@@ -41,6 +43,8 @@ from plumbing import parallel, rundir
 def units_for_loss(units, run):
     """The units that the loss's signature asks for."""
     wants = run.recipe.wants
+    if run.recipe.online:
+        return prompts_once(units)
     if not is_paired(wants) and "desirable" not in wants:    # it knows no labels: it imitates
         units = good_ones(units, run)
     if "preferred" in wants:                                 # files put the preferred one first
@@ -57,7 +61,7 @@ def units_for_loss(units, run):
 
 def in_random_order(units, seed):
     """Toss a coin for each pair: which response comes first."""
-    heads = np.random.default_rng([seed, len(units)]).random(len(units)) < 0.5
+    heads = np.random.default_rng([*np.atleast_1d(seed), len(units)]).random(len(units)) < 0.5
     return [unit if head else (unit[1], unit[0], *unit[2:]) for unit, head in zip(units, heads)]
 
 
@@ -98,12 +102,13 @@ def tail_counts_less(units, run):
 
 def last_tokens(units, run):
     """A reward is read at the last token."""
-    return [tuple(rollouts.last_token(row) for row in unit[:2]) for unit in units]
+    return [tuple(rewards.last_token(row) for row in unit[:2]) for unit in units]
 
 
-def prompts_once(units, run):
-    """PPO writes its own responses: each prompt once."""
-    return list({unit[0].prompt_key: unit[:1] for unit in units}.values())
+def prompts_once(units):
+    """The policy writes its own responses: each prompt once. Labels only say which come first."""
+    liked_first = sorted(units, key=lambda unit: unit[0].desirable is False)
+    return list({unit[0].prompt_key: unit[:1] for unit in liked_first}.values())
 
 
 # --- who wrote them, stage by stage -------------------------------------------------------------
@@ -149,13 +154,44 @@ def own_answers(run, policy, units, seed, desirable=None):
 
 
 def prompts_of(units):
-    return [rollouts.prompt_of(unit[0]) for unit in units]
+    return [unit[0].prompt.tolist() for unit in units]
 
 
 def as_rows(units, responses, desirable):
     """A row of each unit's prompt and the response written to it."""
     return [data.make_row(prompt, response, desirable=desirable, where=unit[0].where)
             for unit, prompt, response in zip(units, prompts_of(units), responses)]
+
+
+def with_own_answers(run):
+    """KTO's z0 on policy: y' is what the policy says to the same prompt, at every step anew."""
+    def author(policy, units, step):
+        own = own_answers(run, policy, units, [run.config.seed, step])
+        return [(*unit, answer) for unit, answer in zip(units, own)], {}
+    return author
+
+
+def judged_answers(run, reference):
+    """--online: at every step a pair, or G thumbs, for each prompt of the batch."""
+    author = rollouts.Author(run.reward, run.tokenizer, run.config, run.options)
+    wants = run.recipe.wants
+    preferences_of = rollouts.pairs if run.recipe.paired else rollouts.thumbs
+
+    def write(policy, prompts, step):
+        rows, scores, stats = author(policy, prompts, step)
+        units = []
+        for start in range(0, len(rows), author.group):
+            group = slice(start, start + author.group)
+            units += preferences_of(rows[group], scores[group])
+        if "preferred" in wants:
+            units = in_random_order(units, [run.config.seed, step])
+        if "target_logps" in wants:                          # of SLiC and XPO: the reference's
+            said = own_answers(run, reference.model, units, [run.config.seed, step, 1], True)
+            units = [(*unit, row) for unit, row in zip(units, said)]
+        if "partners" in needs(wants, run.given):            # y is a sample of pi itself: z0 is
+            units = [(*unit, unit[0]) for unit in units]     # KL(pi || ref) as the paper defines it
+        return units, stats
+    return write
 
 
 def sampled_once(run, units, path, policy, *, desirable):
@@ -182,15 +218,14 @@ def sampled_once(run, units, path, policy, *, desirable):
 def frozen(run, units, stage):
     """Log-probs measured once and kept with the run; the model stays only if steps ask for it."""
     needed = needs(run.recipe.wants, run.given)
-    if "reference" not in needed:
+    asked = run.recipe.online and "target_logps" in run.recipe.wants   # it writes the target
+    if "reference" not in needed and not asked:
         return None
-    if run.options.get("z0") == "on_policy":                 # its y' is new at every step
+    if run.recipe.online or run.options.get("z0") == "on_policy":      # new rows at every step
         return Reference(model=run.load_reference())
     model = None
     if "distributions" in needed:
         model = run.load_reference()
-    if "author" in needed:
-        return Reference(model=model)
     path = run.out / f"reference-{stage}.safetensors"
     table = run.reference_table(units, path, "reference log-probs", model)
     return Reference(table, model)
@@ -202,9 +237,38 @@ def moving(run, units, stage):
                      every=run.options["ref_every"])
 
 
+def following(run, units, stage):
+    """Humanline: where the policy was one update ago. With ref_every > 1 it stays for a while."""
+    return Reference(model=run.load_reference(), mix=1.0, every=run.options["ref_every"], lags=True)
+
+
 def nothing(run, units, stage):
     """log pi_ref = 0: nothing holds the policy where it started."""
-    return Reference(torch.zeros(len(units), len(units[0]), dtype=torch.float64))
+    return Reference()
+
+
+class Clamped:
+    """Humanline: a policy as people see it, no token further than [low, high] nats from `model`.
+
+    log pi~ = log ref + clamp(log pi - log ref, low, high), token by token. So a log-ratio to
+    `model` is a sum of clamped ones, whatever asks for it; beyond the clamp there is no gradient.
+    """
+
+    def __init__(self, policy, model, low, high):
+        self.policy = policy
+        self.model = model
+        self.low, self.high = low, high
+
+    def __call__(self, ids, positions, lengths, predict, targets, extra=None):
+        row = ids, positions, lengths, predict, targets
+        with torch.no_grad():
+            ref_logps = self.model(*row)
+        if parallel.sharded(self.model):                     # no backward drops what was gathered
+            self.model.reshard()
+        return ref_logps + (self.policy(*row) - ref_logps).clamp(self.low, self.high)
+
+    def __getattr__(self, name):                             # all else is the policy's
+        return getattr(self.policy, name)
 
 
 # --- what is trained, and on what objective -----------------------------------------------------
@@ -214,28 +278,37 @@ def language_model(run):
 
 
 def reward_model(run):
-    return rollouts.RewardModel.load(run.config.init, new=True, device=parallel.device,
-                                     dtype=run.dtype, flag="model")
+    return rewards.RewardModel.load(run.config.init, new=True, device=parallel.device,
+                                    dtype=run.dtype, flag="model")
 
 
 def actor_and_critic(run):
-    critic = rollouts.Critic.load(run.config.init, new=True, device=parallel.device,
-                                  dtype=run.dtype, flag="model")
+    critic = rewards.Critic.load(run.config.init, new=True, device=parallel.device,
+                                 dtype=run.dtype, flag="model")
     return rollouts.ActorCritic(language_model(run), critic)
 
 
-def preferences(run, units, reference):
-    own = None
-    if run.options.get("z0") == "on_policy":
-        own = partial(own_answers, run)
+def preferences(run, units, reference, through=None):
+    author = None
+    if run.recipe.online:
+        author = judged_answers(run, reference)
+    elif run.options.get("z0") == "on_policy":
+        author = with_own_answers(run)
     return Preferences(run.recipe.loss, run.hyper, units, reference, trained=run.trained,
                        batch_size=run.config.batch_size, seed=run.config.seed, given=run.given,
-                       own_answers=own, mean_over_tokens=run.recipe.loss is token_nll_loss)
+                       author=author, passes=run.options.get("ppo_epochs", 1), through=through)
+
+
+def humanline(run, units, reference):
+    low, high = run.options["log_eps_p"], run.options["log_eps_r"]
+    return preferences(run, units, reference,
+                       partial(Clamped, model=reference.model, low=low, high=high))
 
 
 def on_policy(run, units, reference):
-    return rollouts.PPO(run.hyper, units, reference, run.reward, run.tokenizer, run.config,
-                        run.options)
+    author = rollouts.Author(run.reward, run.tokenizer, run.config, run.options)
+    return rollouts.OnPolicy(run.recipe.loss, run.hyper, units, reference, author, run.config,
+                             run.options)
 
 
 # --- the table ----------------------------------------------------------------------------------
@@ -248,6 +321,9 @@ def token_nll_loss(logps):
     A mean of per-response means would weigh each token of a short response more, and teach brevity.
     """
     return -logps
+
+
+token_nll_loss.mean_over = "tokens"
 
 
 def good_nll_loss(logps, lengths, desirable):
@@ -275,6 +351,11 @@ class Recipe:
     @property
     def wants(self):
         return signature(self.loss)[0]
+
+    @property
+    def online(self):
+        """Does the policy write the responses, and a reward judge them?"""
+        return self.feedback == "prompts"
 
     @property
     def paired(self):
@@ -339,6 +420,11 @@ class Sum:
             total = total + weight * loss(**{want: given[want] for want in wants}, **own)
         return total
 
+HUMANLINE = {"log_eps_p": -1.0, "log_eps_r": 1.5, "ref_every": 1}
+HUMANLINE_PAPER = ("Liu et al. 2025, Humanline: Online Alignment as Perceptual Loss, "
+                   "arXiv 2509.24207; HALOs, train/trainers.py")
+HUMANLINE_IDEA = ("each token's log-ratio is clamped to [log_eps_p, log_eps_r]; every ref_every steps "
+                  "the reference becomes the policy, as it was before the last update")
 
 RECIPES = {
     "ld_dpo": Recipe(
@@ -392,14 +478,46 @@ RECIPES = {
         idea="a reward for every response, under which the annotator's choices are likeliest; "
              "PPO's judge"),
     "ppo": Recipe(
-        ppo.actor_critic_loss, prepare=prompts_once, learner=actor_and_critic,
+        ppo.actor_critic_loss, learner=actor_and_critic,
         objective=on_policy, feedback="prompts", like="ppo",
-        flags={"reward": "", "kl_coef": 0.05, "gamma": 1.0, "lam": 0.95, "ppo_epochs": 4,
-               "minibatches": 4, "target_kl": 0.0},
+        flags={"reward": "", "group": 1, "kl_coef": 0.05, "gamma": 1.0, "lam": 0.95,
+               "ppo_epochs": 4, "minibatches": 4, "target_kl": 0.0},
         paper="Schulman et al. 2017, Proximal Policy Optimization Algorithms, arXiv 1707.06347",
         idea="the policy writes, a reward judges, and a clipped step makes the better tokens "
              "likelier"),
+    "humanline_kto": Recipe(
+        kto.kto_loss, reference=following, objective=humanline, flags=HUMANLINE, like="kto",
+        paper=HUMANLINE_PAPER, idea=HUMANLINE_IDEA),
+    "humanline_dpo": Recipe(
+        DPO, reference=following, objective=humanline, flags=HUMANLINE, like="dpo",
+        paper=HUMANLINE_PAPER, idea=HUMANLINE_IDEA),
 }
+
+# PPO's kin: no critic. Those whose curve knows pi_old may take several steps on the same responses.
+ONE_UPDATE = {"reward": "", "group": 8, "kl_coef": 0.0}
+UPDATES = {"ppo_epochs": 1, "minibatches": 1, "target_kl": 0.0}
+for name in ("grpo", "dr_grpo", "dapo", "gspo", "rloo", "reinforce", "humanline_grpo"):
+    loss = ppo.LOSSES[name]
+    wants, hyper = signature(loss)
+    flags = ONE_UPDATE | (UPDATES if "old_token_logps" in wants else {})
+    RECIPES[name] = Recipe(loss, objective=on_policy, feedback="prompts", like=name,
+                           flags={key: flags[key] for key in flags if key not in hyper})
+
+
+def online(recipe, name):
+    """--online: the same curve, on responses that the policy writes and a reward judges."""
+    if recipe.online:                                        # PPO and its kin always are
+        return recipe
+    learns = recipe.paired or "desirable" in recipe.wants
+    plain = (recipe.prepare in (None, require_target) and not recipe.feedback
+             and recipe.stage_units in (the_data, with_target)
+             and recipe.learner is language_model and not hasattr(recipe.loss, "needs_whole_batch"))
+    if not learns or not plain:
+        raise SystemExit(f"--online: not with --loss {name}, which says itself where its responses "
+                         "come from, or learns from no comparison")
+    flags = {key: value for key, value in recipe.flags.items() if key != "slic_target"}
+    flags |= {"reward": "", "group": 8, "ppo_epochs": 1}
+    return replace(recipe, prepare=None, stage_units=the_data, feedback="prompts", flags=flags)
 
 
 def find(name):

@@ -201,7 +201,7 @@ def make_base_model(folder, stages, config, source):
     for what, units, how in stages:
         how = replace(config, micro_batch_size=0, max_grad_norm=1.0, **how)
         imitation = Preferences(recipes.token_nll_loss, {}, units, None, batch_size=how.batch_size,
-                                seed=how.seed, trained=1, mean_over_tokens=True)
+                                seed=how.seed, trained=1)
         optimizer = make_optimizer(policy, how)
         bar = parallel.bar(how.steps, f"{what}, step")
         for step in range(how.steps):

@@ -611,3 +611,8 @@ SETTINGS = {  # "default": for a loss that has no entry here
     "sdpo_segment": PAIRS | dict(steps=100, beta=2.0),  # its pairs have no noise
     "tr_dpo": dict(beta=2.0, ref_every=100),            # and DPO's
 }
+# --online: the policy's own replies, judged by their true utility. 23,040 of them in every run.
+ONLINE = {
+    "default": dict(reward="world", lr=1e-3, steps=90, batch_size=32, group=8, warmup=5),
+    "ppo": dict(lr=1e-3, steps=80, batch_size=288, group=1),
+}

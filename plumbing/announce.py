@@ -63,6 +63,8 @@ def check_first_step(look, grad_norm, run):
     tolerance = TOLERANCE[run.config.dtype]
     line = (f"step 0: loss {loss:.6f} (predicted {expected:.6f}) | largest |log-ratio| {apart:.1e} "
             f"| gradient norm {grad_norm:.3g}")
+    if grad_norm == 0 and run.recipe.online:                 # a task that nobody has solved yet
+        return say(line + " | no gradient yet: the rewards of each group are equal")
     if grad_norm == 0:
         raise SystemExit(line + " | no gradient: are all weights frozen, or both lambdas 0?")
     if not run.must_be_equal():

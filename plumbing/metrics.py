@@ -11,14 +11,15 @@ from plumbing import parallel
 
 
 def watch(self, part, losses):
-    """Sums over these examples.   -> {name: tensor ()}"""
+    """Sums over these examples, but for those of weight 0.   -> {name: tensor ()}"""
     own = part.logps.detach()[:, :2]                         # SLiC's third response is neither
     thumbs = [row.desirable for unit in part.units for row in unit[:2]]
     up = torch.tensor(thumbs, device=own.device).view_as(own)          # (b, rows)
-    good = up.to(own.dtype)
-    bad = 1 - good
-    sums = {"loss": losses.detach().sum().to(own.dtype),
-            "units": own.new_tensor(len(own)), "good": good.sum(), "bad": bad.sum(),
+    counts = (part["weight"] > 0).to(own.dtype)                        # (b,)
+    good = counts[:, None] * up
+    bad = counts[:, None] - good
+    sums = {"loss": losses.detach().sum().to(own.dtype), "units": counts.sum(),
+            "good": good.sum(), "bad": bad.sum(),
             "logps/chosen": (good * own).sum(), "logps/rejected": (bad * own).sum()}
     if part.ref_logps is None:
         return sums
@@ -32,10 +33,10 @@ def watch(self, part, losses):
         z0 = 0.0
         if "kl_logratios" in part.known:
             z0 = float(kto.reference_point(part.known["kl_logratios"]))
-        right = torch.where(up, ratios > z0, ratios < z0)
+        right = torch.where(up, ratios > z0, ratios < z0)[:, 0]
     return sums | {"rewards/chosen": beta * (good * ratios).sum(),
                    "rewards/rejected": beta * (bad * ratios).sum(),
-                   "rewards/accuracies": right.to(own.dtype).sum()}
+                   "rewards/accuracies": (counts * right).sum()}
 
 
 def report(self, sums, batch):
@@ -46,6 +47,7 @@ def report(self, sums, batch):
     line = {"loss": sums["loss"] / batch.n,
             "logps/chosen": mean("logps/chosen", "good"),
             "logps/rejected": mean("logps/rejected", "bad")}
+    line |= self.stats                                       # of responses written at this step
     if "kl_logratios" in batch.known:
         ratios = batch.known["kl_logratios"]
         line["z0"] = float(kto.reference_point(ratios))

@@ -23,9 +23,8 @@ import torch
 import data
 import evaluate
 import recipes
-import rollouts
 from objective import needs, score
-from plumbing import checkpoint, huggingface, parallel, rundir, settings, sources
+from plumbing import checkpoint, huggingface, parallel, rewards, rundir, settings, sources
 
 
 class Run:
@@ -59,7 +58,8 @@ class Run:
         self.trained = 1                                     # rows of a unit with a gradient
         if recipe.paired:
             self.trained = 2 + ("target_logps" in recipe.wants)
-        if "partners" in needs(recipe.wants, self.given) and self.options.get("z0") != "on_policy":
+        own = recipe.online or self.options.get("z0") == "on_policy"
+        if "partners" in needs(recipe.wants, self.given) and not own:
             try:
                 units = data.mismatched_units(units, seed=config.seed, max_len=config.max_len)
             except ValueError as e:
@@ -71,9 +71,9 @@ class Run:
         """PPO's reward, and who compares at the end: a wrong name is said before any work."""
         where = dict(device=parallel.device)
         if "reward" in self.options:
-            self.reward = rollouts.load_reward(self.options["reward"], self.tokenizer, **where)
+            self.reward = rewards.load_reward(self.options["reward"], self.tokenizer, **where)
         if self.config.judge:
-            self.judge_of_texts = rollouts.load_reward(self.config.judge, flag="judge", **where)
+            self.judge_of_texts = rewards.load_reward(self.config.judge, flag="judge", **where)
 
     def count_steps(self):
         """--epochs in steps of one stage, and a batch that is no larger than the data."""
@@ -324,10 +324,10 @@ class Run:
         policy = self.actor
         if policy is None:
             policy = self.load(self.out / "model")
-        if isinstance(policy, rollouts.RewardModel):
-            found = {"train": rollouts.accuracy(policy, self.units[:2000])}
+        if isinstance(policy, rewards.RewardModel):
+            found = {"train": rewards.accuracy(policy, self.units[:2000])}
             if self.source.held_out():
-                found["eval"] = rollouts.accuracy(policy, self.source.held_out())
+                found["eval"] = rewards.accuracy(policy, self.source.held_out())
             evaluate.report_rewards(found, self.config, self.seconds)
         else:
             reference = self.load_reference(self.config.ref)

@@ -33,6 +33,8 @@ class Config:
     model: str = flag("", "folder or hub name of a causal LM, or of an adapter; default: small GPT")
     data: tuple = flag((), "preference files, a folder of save_to_disk, or hub data sets "
                                 "org/name/config:split; default: the embedded help desk")
+    online: bool = flag(False, "the policy writes --group responses to each prompt at every step, "
+                        "and --reward judges them")
     eval_data: tuple = flag((), "held-out files, same formats")
     tokenizer: str = flag("", "with --data and no --model: a folder, or gpt2 (default: bytes)")
     init: str = flag("", "folder the policy starts from (default: --model)")
@@ -91,7 +93,7 @@ OF_FILES = ("eval_data", "threshold", "columns", "tokenizer", "turns", "add_eot"
             "template_args")
 # Of the losses' and recipes' own flags. What else there is to say, a loss says itself.
 LEAST = {"stages": 1, "ref_every": 1, "lambda_d": 0, "lambda_u": 0, "z0": 0, "ppo_epochs": 1,
-         "minibatches": 1, "kl_coef": 0, "vf_coef": 0, "centre": 0, "target_kl": 0}
+         "minibatches": 1, "kl_coef": 0, "vf_coef": 0, "centre": 0, "target_kl": 0, "group": 1}
 POSITIVE = ("beta", "tau", "eta", "clip", "clip_value", "clamp")
 NO_LIMIT = ("clip", "clip_value", "clamp")                   # inf switches these off
 WORDS = {"z0": ("estimate", "zero", "on_policy"), "lambda_d": ("auto",), "lambda_u": ("auto",),
@@ -115,8 +117,12 @@ def parse(argv):
     argv = [re.sub(r"^--[\w-]+", underscores, str(word)) for word in argv]
     first = Parser()
     first.add_argument("--loss", default="kto")
-    name = first.parse_known_args(argv)[0].loss
+    first.add_argument("--online", action="store_true", default=False)
+    asked = first.parse_known_args(argv)[0]
+    name = asked.loss
     recipe = recipes.find(name)
+    if asked.online:
+        recipe = recipes.online(recipe, name)
     wants, hyper = signature(recipe.loss)
     for key in hyper.keys() & FIELDS.keys():
         raise SystemExit(f"{recipe.loss.__name__}: its setting {key!r} is a flag of every run "
@@ -159,7 +165,10 @@ def preset_of(name, recipe, typed):
     """({flag: value}, where from): the embedded world's settings, or a real model's."""
     if not typed.get("model") and not typed.get("data"):
         known = world.SETTINGS.get(recipe.like, world.SETTINGS["default"])
-        return known | world.SETTINGS.get(name, {}), "embedded world"
+        known = known | world.SETTINGS.get(name, {})
+        if recipe.online:
+            known = known | world.ONLINE["default"] | world.ONLINE.get(recipe.like, {})
+        return known, "embedded world"
     if not typed.get("model"):
         return PRESETS["small GPT"], "small GPT"
     return (PRESETS["pairs"] if recipe.paired else {}), "pairs"
@@ -295,7 +304,13 @@ def clashes(settings, typed):
         "--batch_size 1: z0 is estimated from mismatched pairs; give 2 or more, or --z0 zero"
     yield not 0 < own.get("ref_mix", 1) <= 1, "--ref_mix: a share, above 0 and up to 1"
     yield own.get("reward") == "", \
-        "--reward: --loss ppo needs a folder that --loss rm wrote, file.py:function, or world"
+        "--reward: responses that the policy writes need a judge: a folder that --loss rm wrote, " \
+        "file.py:function, or world"
+    alone = "values" in recipe.wants or "batch_advantages" in recipe.wants
+    yield own.get("group") == 1 and not alone, \
+        f"--group 1: --loss {config.loss} compares responses to one prompt; give 2 or more"
+    yield recipe.online and "auto" in (own.get("lambda_d"), own.get("lambda_u")), \
+        "--lambda_d auto: with --online nobody has counted the thumbs; give numbers"
     yield config.device not in ("", "cpu", "cuda", "mps"), "--device: valid are cpu, cuda, mps"
     yield config.device == "cuda" and not torch.cuda.is_available(), "--device cuda: there is none"
 
@@ -307,9 +322,10 @@ def clashes_of_models(settings):
     wants = recipe.wants
     samples = (own.get("z0") == "on_policy" or own.get("slic_target") == "sample"
                or recipe.stage_units is recipes.self_play
-               or recipe.learner is not recipes.language_model)
+               or recipe.online)
     yield config.lora and not config.model, "--lora: is for Hugging Face models; give --model"
-    yield config.lora and "ref_mix" in own, "--lora: tr_dpo moves all weights of its reference"
+    yield config.lora and "ref_every" in own, \
+        f"--lora: --loss {config.loss} moves all weights of its reference"
     yield config.lora and config.loss == "rm", "--lora: a reward model is trained whole"
     yield config.save == "adapter" and not config.lora, "--save adapter: needs --lora RANK"
     yield config.fsdp and processes == 1, "--fsdp: start several processes with torchrun"
@@ -331,6 +347,7 @@ def try_the_loss(settings):
     """The loss knows the ranges of its own settings: call it once, on one example."""
     example = {name: torch.ones(1, dtype=torch.float64) for name in MEASURED}
     example |= {name: torch.ones(1, dtype=torch.bool) for name in ("desirable", "preferred")}
+    example["response"] = torch.zeros(1, dtype=torch.int64)
     hyper = {key: 1.0 if value == "auto" else value for key, value in settings.hyper.items()}
     try:
         settings.recipe.loss(**{name: example[name] for name in settings.recipe.wants}, **hyper)

@@ -66,7 +66,7 @@ def source_of(name, recipe):
 
 
 def reference_of(recipe):
-    if recipe.reference is recipes.moving:
+    if recipe.reference in (recipes.moving, recipes.following):
         return "moves"
     if "stages" in recipe.flags:
         return "the last stage"

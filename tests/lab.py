@@ -3,6 +3,7 @@
     lab/rows.jsonl       27 labelled rows on 7 prompts
     lab/pairs.jsonl      26 pairs of uneven lengths, with scores and win probabilities
     lab/sessions.jsonl   26 pairs of conversations of two exchanges, with segments
+    lab/judge.py         a reward for responses that the policy writes
     lab/ref              a random GPT over bytes, float64
     lab/moved            the same after 15 steps of SFT: z0 is well above 0 there
 """
@@ -30,6 +31,10 @@ from plumbing.tokenizer import load_tokenizer
 
 ROOT = Path(train.__file__).parent
 WORDS = "sun moon rain wind leaf stone river cloud bird snow".split()
+REWARD = """
+def reward(prompts, responses):
+    return [text.count("e") - 0.02 * len(text) for text in responses]
+"""
 FILES = {"pairs": "pairs.jsonl", "sessions": "sessions.jsonl"}
 
 
@@ -44,6 +49,7 @@ def make_lab(folder):
                         "completion": " ".join(rng.choice(words, size=1 + i % 4)),
                         "label": bool(i % 3)})
     write_rows(folder / "rows.jsonl", records)
+    (folder / "judge.py").write_text(REWARD)
     torch.manual_seed(0)
     policy = model.GPT(model.GPTConfig(257, 64, 2, 2, 32)).double()
     policy.save(folder / "ref", eot=256)
@@ -56,7 +62,7 @@ def fine_tune(policy, examples):
     config = Config(dtype="fp64", steps=15, lr=2e-3, batch_size=9)
     units, _ = data.encode(examples, load_tokenizer(), max_len=64)
     objective = Preferences(recipes.token_nll_loss, {}, units, None, batch_size=9, seed=0,
-                            trained=1, mean_over_tokens=True)
+                            trained=1)
     optimizer = train.make_optimizer(policy, config)
     for step in range(config.steps):
         train.train_step(policy, objective, optimizer, step, config)
@@ -159,6 +165,8 @@ def flags(lab, out, *more, loss="kto", steps=6):
     file = FILES.get(recipes.find(loss).learns_from, "rows.jsonl")
     if loss == "spin":                                       # its prompts are those of the pairs
         file = "pairs.jsonl"
+    if recipes.find(loss).online or "--online" in more:      # 3 responses to each of 7 prompts
+        more = ("--reward", f"{lab / 'judge.py'}:reward", "--group", 3, *more)
     return ["--loss", loss, "--data", lab / file, "--init", lab / "moved", "--ref", lab / "ref",
             "--dtype", "fp64", "--max_len", 64, "--batch_size", 8, "--steps", steps,
             "--lr", "1e-3", "--seed", 3, "--out", out, *more]

@@ -24,7 +24,8 @@ pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 
 
 ALL = {**recipes.LOSSES, **recipes.RECIPES}
-REFUSED = {"tdpo1", "tdpo2", "spin", "slic", "rm", "ppo", *WHOLE}
+ONLINE = {name for name in recipes.RECIPES if recipes.RECIPES[name].online}
+REFUSED = {"tdpo1", "tdpo2", "spin", "slic", "rm", *ONLINE, *WHOLE}
 ACCEPTED = [name for name in ALL if name not in REFUSED]
 
 
@@ -33,7 +34,7 @@ ACCEPTED = [name for name in ALL if name not in REFUSED]
 def accepted(loss, monkeypatch):
     """Does --fsdp take this loss or recipe?"""
     monkeypatch.setenv("WORLD_SIZE", "2")
-    reward = ["--reward", "world"] if loss == "ppo" else []
+    reward = ["--reward", "world"] if loss in ONLINE else []
     try:
         settings.parse(["--loss", loss, "--data", "rows.jsonl", "--model", "folder", "--fsdp",
                         *reward])

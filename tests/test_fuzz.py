@@ -182,7 +182,7 @@ def runs(draw):
     if loss in LOSS and not draw(rarely(8)):
         paired = recipes.find(loss).learns_from in ("pairs", "sessions")
     models = draw(st.sampled_from([["--init", "model", "--ref", "model"], ["--model", "model"]]))
-    if loss == "ppo":
+    if loss in LOSS and recipes.find(loss).online:
         models = [*models, "--reward", "judge.py:reward"]
     return draw(files(pairs if paired else singles)), models, (loss, words)
 

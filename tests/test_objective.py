@@ -300,7 +300,8 @@ def test_metrics_have_the_contracts_names_and_are_over_the_whole_batch(lab, mode
 
 
 def test_accuracies_count_good_rows_above_z0_and_bad_ones_below():
-    units = [(SimpleNamespace(desirable=good),) for good in (True, False, False, False, True)]
+    thumbs = (True, False, False, False, True)
+    units = [(SimpleNamespace(desirable=good, weight=1.0),) for good in thumbs]
     log_ratios = torch.tensor([[3.0], [3.0], [1.0], [1.0], [1.0]])
     part = Part(units, log_ratios, torch.zeros(5, 1), {}, {"kl_logratios": torch.tensor([2.0])})
     sums = metrics_of_a_step.watch(SimpleNamespace(hyper={}), part, torch.zeros(5))

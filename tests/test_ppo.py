@@ -1,10 +1,12 @@
 """Claims about ppo.py: its functions against literal sums, its gradients against enumeration."""
 
+import inspect
 import math
 
 import pytest
 import torch
 
+import dpo_variants
 import ppo
 
 F64 = torch.float64
@@ -182,6 +184,175 @@ def test_offline_ppo_moves_good_responses_up_bad_ones_down_and_stops_at_its_clip
     gradient, = torch.autograd.grad(losses.sum(), logratios, retain_graph=True)
     close(gradient, tensor(-1.0, 1.0, 0.0, 0.0))
     close(ppo.offline_ppo_loss(logratios, desirable, clip=0.5) - losses, -0.1 * logratios)
+
+
+# --- without a critic -----------------------------------------------------------------------------
+
+KIN = ("ppo", "grpo", "dr_grpo", "dapo", "gspo", "rloo", "reinforce", "humanline_grpo")
+LENGTHS = [3, 1, 2, 4]                     # four responses, flat: 0 0 0 1 2 2 3 3 3 3
+RESPONSE = torch.repeat_interleave(torch.arange(4), torch.tensor(LENGTHS))
+RESPONSE_LEN = torch.tensor(LENGTHS, dtype=F64)[RESPONSE]
+
+
+def advantage_name(loss):
+    return next(n for n in inspect.signature(loss).parameters if n.endswith("advantages"))
+
+
+def call(name, logps, old, advantages, ref=None, **settings):
+    """The curve on the four responses; advantages (4,), or (10,) as PPO's are.   (10,)"""
+    loss = ppo.ppo_loss if name == "ppo" else ppo.LOSSES[name]
+    known = {"token_logps": logps, "old_token_logps": old, "response": RESPONSE,
+             "response_len": RESPONSE_LEN, "mask": torch.ones(10),
+             "ref_token_logps": logps.detach() if ref is None else ref,
+             advantage_name(loss): advantages if len(advantages) == 10 else advantages[RESPONSE]}
+    wanted = inspect.signature(loss).parameters
+    return loss(**{key: known[key] for key in wanted if key in known}, **settings)
+
+
+def by_hand(name, i, logps, old, ref, A):
+    """Token i's loss in plain numbers, with settings that differ from every default."""
+    mine = [k for k in range(10) if RESPONSE[k] == RESPONSE[i]]
+    n = len(mine)
+    d = logps[i] - ref[i]
+    k3 = 0.3 * (math.exp(-d) - 1 + d)
+    ratio = math.exp(logps[i] - old[i])
+    if name in ("rloo", "reinforce"):
+        return -A * logps[i]
+    if name == "gspo":
+        ratio = math.exp(sum(logps[k] - old[k] for k in mine) / n)
+    if name == "humanline_grpo":
+        ratio = min(max(ratio, math.exp(-0.4)), math.exp(0.5))
+    low, high = (0.9, 1.3) if name in ("dapo", "gspo") else (0.8, 1.2)
+    step = -min(ratio * A, min(max(ratio, low), high) * A)
+    return {"grpo": (step + k3) / n, "humanline_grpo": (step + k3) / n, "dr_grpo": step / 50,
+            "dapo": step, "gspo": step / n}[name]
+
+
+SETTINGS = {"grpo": {"clip": 0.2, "kl_coef": 0.3}, "dr_grpo": {"clip": 0.2, "max_tokens": 50.0},
+            "dapo": {"clip_low": 0.1, "clip_high": 0.3},
+            "gspo": {"clip_low": 0.1, "clip_high": 0.3},
+            "humanline_grpo": {"clip": 0.2, "kl_coef": 0.3, "log_eps_p": -0.4, "log_eps_r": 0.5}}
+
+
+def test_each_curve_is_its_equation_and_its_gradient_the_difference_quotient():
+    logps, old, ref = (noise(10, seed=i, scale=0.4) - 2 for i in range(3))
+    A = noise(4, seed=3)
+    for name in KIN[1:]:
+        settings = SETTINGS.get(name, {})
+
+        def total(at):
+            numbers = at.tolist(), old.tolist(), ref.tolist()
+            return [by_hand(name, i, *numbers, A[RESPONSE[i]].item()) for i in range(10)]
+
+        x = logps.clone().requires_grad_()
+        losses = call(name, x, old, A, ref, **settings)
+        close(losses, tensor(*total(logps)))
+        gradient, = torch.autograd.grad(losses.sum(), x)
+        for i in range(10):
+            h = torch.zeros(10, dtype=F64)
+            h[i] = 1e-6
+            slope = (sum(total(logps + h)) - sum(total(logps - h))) / 2e-6
+            assert gradient[i] == pytest.approx(slope, abs=1e-8), (name, i)    # h^2, 1e-16 / h
+
+
+def test_advantages_are_their_formulas_and_exactly_0_in_a_tie():
+    rewards = tensor(1.0, 2.0, 6.0)[None]
+    close(ppo.centred_advantages(rewards), tensor(-2.0, -1.0, 3.0)[None])
+    close(ppo.loo_advantages(rewards), tensor(1 - 4, 2 - 3.5, 6 - 1.5)[None])
+    std = math.sqrt((4 + 1 + 9) / 2)
+    close(ppo.group_advantages(rewards), tensor(-2, -1, 3)[None] / (std + 1e-4))
+    tie = torch.full((1, 3), 0.1, dtype=F64)
+    assert tie.mean() != 0.1                                     # its mean is rounded
+    for advantages in (ppo.centred_advantages, ppo.loo_advantages, ppo.group_advantages):
+        assert (advantages(tie) == 0).all()
+
+
+def test_a_wrong_way_token_keeps_its_slope_under_the_clip_and_loses_it_to_humanline():
+    """A < 0 and ratio e^2: PPO's min is pessimistic, a person has stopped looking."""
+    old = torch.full((10,), -3.0, dtype=F64)
+    A = -torch.ones(4, dtype=F64)
+    for name, slope in (("grpo", math.exp(2.0) / 3), ("humanline_grpo", 0.0)):
+        logps = (old + 2).requires_grad_()
+        losses = call(name, logps, old, A, old, kl_coef=0.0)
+        gradient, = torch.autograd.grad(losses.sum(), logps)
+        assert gradient[0] == pytest.approx(slope, abs=1e-12)
+
+
+class Table:
+    """pi(y_t | s_t) = softmax of a row of logits; a state per place of the four responses."""
+
+    def __init__(self):
+        self.logits = noise(10, 5, seed=11).requires_grad_()
+        self.y = torch.randint(0, 5, (10,), generator=torch.Generator().manual_seed(12))
+
+    def logps(self):
+        return self.logits.log_softmax(1).gather(1, self.y[:, None])[:, 0]
+
+    def score(self):
+        """grad log pi(y_t|s_t) in its row's logits, by hand: one-hot minus pi.   (10, 5)"""
+        rows = self.logits.detach().exp()
+        one_hot = torch.nn.functional.one_hot(self.y, 5)
+        return one_hot - rows / rows.sum(1, keepdim=True)
+
+    def gradient(self, losses):
+        return torch.autograd.grad(losses.sum(), self.logits, retain_graph=True)[0]
+
+
+def test_at_pi_old_all_of_them_are_reinforce_with_their_own_advantage_and_divisor():
+    table = Table()
+    logps, old = table.logps(), table.logps().detach()
+    per_token, per_response = noise(10, seed=13), noise(4, seed=14)
+    for name in KIN:
+        A = per_token if name == "ppo" else per_response[RESPONSE]
+        divisor = torch.ones(10, dtype=F64)
+        if name in ("grpo", "humanline_grpo", "gspo"):
+            divisor = RESPONSE_LEN
+        if name == "dr_grpo":
+            divisor = divisor * 100
+        losses = call(name, logps, old, per_token if name == "ppo" else per_response)
+        close(table.gradient(losses), -(A / divisor)[:, None] * table.score())
+    over_tokens = {name for name in KIN if getattr(ppo.LOSSES[name], "mean_over", "") == "tokens"}
+    assert over_tokens == {"ppo", "dapo"}                        # the others: over responses
+
+
+def test_grpo_with_two_responses_points_where_dpo_per_token_does_and_dr_grpo_where_dpo_does():
+    """arXiv 2510.00977, what is true of it: at pi = pi_old = ref the directions agree.
+
+    Best and worst of a group of two, rewards 3 and 1. GRPO's A is +-1 / sqrt 2 whatever the gap,
+    as DPO's slope is; its division by length makes it DPO on log-probs per TOKEN. Dr. GRPO's A is
+    half the gap. Once pi has moved they part: DPO's slope fades with its margin, GRPO's does not.
+    """
+    table = Table()
+    pair = (RESPONSE == 0) | (RESPONSE == 2)                     # of 3 and 2 tokens
+    best = RESPONSE[pair] == 0
+    logps = table.logps()
+    old = logps.detach()
+
+    def dpo(h):
+        return dpo_variants.dpo_loss(h[None], torch.zeros(1, dtype=F64), beta=0.1)
+
+    moved = logps - old
+    per_token = moved[RESPONSE == 0].mean() - moved[RESPONSE == 2].mean()
+    per_response = moved[RESPONSE == 0].sum() - moved[RESPONSE == 2].sum()
+    rewards = tensor(3.0, 1.0)[None]
+    A = torch.where(best, *ppo.group_advantages(rewards)[0])
+    grpo = ppo.grpo_loss(logps[pair], old[pair], old[pair], A, RESPONSE_LEN[pair]).sum() / 2
+    scale = (1 / (math.sqrt(2) + 1e-4)) / 2 / (0.1 / 2)          # A / 2 responses; DPO: beta / 2
+    close(table.gradient(grpo), scale * table.gradient(dpo(per_token)))
+    A = torch.where(best, *ppo.centred_advantages(rewards)[0])
+    dr_grpo = ppo.dr_grpo_loss(logps[pair], old[pair], A, max_tokens=1.0).sum() / 2
+    close(table.gradient(dr_grpo), (1 / 2) / (0.1 / 2) * table.gradient(dpo(per_response)))
+
+
+def test_k3_as_a_loss_pulls_towards_the_other_kl():
+    """E_pi grad k3 = grad KL(ref || pi), by enumeration, though E_pi k3 is KL(pi || ref)."""
+    logits = noise(7, seed=20).requires_grad_()
+    ref = noise(7, seed=21).log_softmax(0)
+    logps = logits.log_softmax(0)
+    k3 = ppo.kl_estimates(logps, ref)[2]
+    found, = torch.autograd.grad((logps.exp().detach() * k3).sum(), logits, retain_graph=True)
+    wanted, = torch.autograd.grad((ref.exp() * (ref - logps)).sum(), logits)
+    close(found, wanted)
 
 
 # --- exact policy gradient: a policy of two tokens, all of whose responses can be enumerated ------

@@ -44,6 +44,10 @@ FAST = {
     "kto on_policy": ("kto", "--z0", "on_policy"),
     "sdpo_stepwise": ("sdpo_stepwise", "--steps", 2),
     "ppo": ("ppo", "--ppo_epochs", 2, "--minibatches", 2, "--steps", 2),
+    "gspo": ("gspo", "--ppo_epochs", 2, "--minibatches", 2, "--steps", 2),
+    "humanline_kto": ("humanline_kto",),
+    "online kto": ("kto", "--online", "--steps", 2),
+    "online dpo": ("dpo", "--online", "--steps", 2),
 }
 SLOW = {
     **{name: (name, "--steps", 2) for name in {**recipes.LOSSES, **recipes.RECIPES}
@@ -55,6 +59,9 @@ SLOW = {
     "dpo + 0.1*sft": ("dpo + 0.1*sft", "--steps", 2),
     "kto + 0.5*bco": ("kto + 0.5*bco", "--steps", 2),
     "slic chosen": ("slic", "--slic_target", "chosen", "--steps", 2),
+    **{f"online {name}": (name, "--online", "--steps", 2)
+       for name in ("ipo_bernoulli", "odpo", "sppo", "slic", "wpo", "bco", "kto_uniform", "tr_dpo",
+                    "humanline_dpo")},
 }
 
 
@@ -148,16 +155,9 @@ def same_run(one, other, tolerance=ROUNDING):
 
 # --- the laboratory -----------------------------------------------------------------------------
 
-REWARD = """
-def reward(prompts, responses):
-    return [text.count("e") - 0.02 * len(text) for text in responses]
-"""
-
-
 @pytest.fixture(scope="module")
 def lab(tmp_path_factory):
     lab = make_lab(tmp_path_factory.mktemp("lab"))
-    (lab / "judge.py").write_text(REWARD)
     rows = read_rows(lab / "rows.jsonl")
     for place, row in enumerate(rows):
         row["weight"] = place % 4 / 2
@@ -166,8 +166,6 @@ def lab(tmp_path_factory):
 
 
 def words_of(lab, out, loss, *more):
-    if loss == "ppo":
-        more = ("--reward", f"{lab / 'judge.py'}:reward", *more)
     more = [lab / word if word == "weighted.jsonl" else word for word in more]
     return flags(lab, out, "--timeout", 250, *more, loss=loss, steps=STEPS)
 

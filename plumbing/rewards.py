@@ -1,0 +1,234 @@
+"""Who judges a response: a reward model, the help desk's true utility, a Python function.
+
+    load_reward    a reward of any kind: reward(prompts, responses) -> numbers
+    RewardModel    r(x, y), one number per response, read at its last token
+    Critic         V(s_t), one number per token: what PPO's policy is still to get
+"""
+
+import importlib.util
+import math
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn as nn
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+import data
+import world
+from model import GPT, widened
+from plumbing.chat import Chat
+from plumbing.formats import Turn
+from plumbing.huggingface import HFPolicy, TokenClassifier, read_model_config, weight_files
+from plumbing.tokenizer import load_tokenizer
+
+
+# --- one number per token: critic and reward model ------------------------------------------------
+
+class Scorer(nn.Module):
+    """A transformer whose head says one number per token. It takes flat rows, as a policy does.
+
+    A new head is 0, and so is every answer: a new critic expects nothing, a new reward model has
+    loss log 2. The transformer is a copy of its own, not the policy's. That costs a forward more,
+    but the value loss cannot spoil the policy.
+    """
+
+    shares_prompts = False
+    chunked = True
+    sft_adapter = None
+    ahead = 0                 # 0: a number for the text before a token; 1: with this token
+
+    def __init__(self, trunk):
+        super().__init__()
+        self.trunk = trunk
+        self.flat = trunk.flat
+        self.token_budget = trunk.token_budget
+        self.context = trunk.context
+        self.vocab_size = trunk.vocab_size
+        self.score = trunk.head                              # a TokenClassifier has its own
+        if isinstance(trunk, GPT):
+            like = trunk.wte.weight
+            self.score = nn.Linear(trunk.config.d_model, 1, bias=False, device=like.device,
+                                   dtype=like.dtype)
+            nn.init.zeros_(self.score.weight)
+
+    def forward(self, ids, positions, lengths, predict, targets=None, extra=None):
+        """A number at each of the M positions; a policy's targets are not looked at.   (M,)"""
+        hidden = self.trunk.hidden(ids, positions, lengths, predict + self.ahead)
+        return widened(self.score(hidden)[:, 0])
+
+    def checkpoint_activations(self):
+        self.trunk.checkpoint_activations()
+
+    def save(self, folder, *, eot=None):
+        """Our GPT with score.safetensors beside it; else what transformers' classifiers read."""
+        if isinstance(self.trunk, GPT):
+            self.trunk.save(folder, eot=eot)
+            weight = self.score.weight.detach().cpu().contiguous()
+            save_file({"score.weight": weight}, Path(folder) / "score.safetensors")
+        else:
+            self.trunk.lm.classifier.save_pretrained(folder)
+
+    @classmethod
+    def load(cls, folder, *, new=False, device="cpu", dtype=torch.float32, flag="reward"):
+        """What `save` or transformers wrote. new: a language model will do, with a head of 0."""
+        has_head = any("score.weight" in safe_open(file, "pt").keys()
+                       for file in weight_files(folder, flag))
+        if not has_head and not new:
+            raise SystemExit(f"--{flag} {folder}: a language model without a reward head; "
+                             "--loss rm trains one from it")
+        if "nanokto" in read_model_config(folder, flag):
+            scorer = cls(GPT.from_pretrained(folder, device=device, dtype=dtype))
+            if has_head:
+                saved = load_file(Path(folder) / "score.safetensors")
+                scorer.score.load_state_dict({"weight": saved["score.weight"]})
+            return scorer
+        classifier = TokenClassifier(folder, dtype, flag).to(device)
+        if not has_head:
+            nn.init.zeros_(classifier.get_output_embeddings().weight)
+        return cls(HFPolicy(classifier))
+
+
+class Critic(Scorer):
+    """V(s_t): what is still to come, said before y_t is known."""
+
+
+class RewardModel(Scorer):
+    """r(x, y), read at the response's last token, where all of it is known: see last_token."""
+    ahead = 1
+
+
+def last_token(row):
+    """The row with its mask on the last token alone: a RewardModel's sum over it is the reward."""
+    mask = np.zeros_like(row.mask)
+    mask[-1] = 1
+    mask.setflags(write=False)
+    return replace(row, mask=mask)
+
+
+@torch.no_grad()
+def rewards_of(reward_model, rows):
+    """r(x, y) of any number of rows.   (B,) float64 on the CPU"""
+    device = next(reward_model.parameters()).device
+    rows = [last_token(row) for row in rows]
+    rewards = torch.zeros(len(rows), dtype=torch.float64)
+    for part in data.token_batches(rows, reward_model.token_budget):
+        some = slice(part.start, part.stop)
+        flat = data.flatten(rows[some], device)
+        rewards[some] = reward_model(*flat[:4]).cpu().double()
+    return rewards
+
+
+def accuracy(reward_model, units):
+    """How often the chosen response has the larger reward, ties counting half.   -> dict"""
+    if not units:
+        return None
+    rewards = rewards_of(reward_model, [row for unit in units for row in unit[:2]])
+    gaps = rewards[0::2] - rewards[1::2]
+    right = (gaps > 0).double() + 0.5 * (gaps == 0).double()
+    return {"accuracy": float(right.mean()), "margin": float(gaps.mean()), "n": len(units)}
+
+
+# --- rewards --------------------------------------------------------------------------------------
+
+def load_reward(spec, tokenizer=None, *, device="cpu", flag="reward"):
+    """reward(prompts, responses) -> a list of numbers; more is better.
+
+    spec       "world": the help desk's true utility, in points
+               a folder: a reward model, of --loss rm or of anybody
+               "file.py:function": a Python function of the same two lists
+    tokenizer  the policy's: a reward model must then have the same, and judges rows of tokens
+               as they are (reward.of_rows). Texts go through the folder's own tokenizer.
+    """
+    said = f"--{flag} {spec}"
+    file, _, name = str(spec).rpartition(":")
+    if spec == "world":
+        return world_reward
+    if file.endswith(".py") and Path(file).is_file():
+        return python_reward(file, name, said)
+    if Path(spec).is_dir():
+        return ModelReward(spec, tokenizer, device, flag)
+    raise SystemExit(f"{said}: no such reward; valid are world, the folder of a reward model, "
+                     "or file.py:function")
+
+
+def world_reward(prompts, responses):
+    for prompt in prompts:
+        if not isinstance(prompt, str) or world.parse_prompt(prompt) is None:
+            raise SystemExit("the reward world knows the help desk's questions only, "
+                             f"not {str(prompt)[:60]!r}")
+    return [world.utility(prompt, response) for prompt, response in zip(prompts, responses)]
+
+
+def python_reward(file, name, said):
+    """`name` in `file`. An error in the user's code keeps its traceback."""
+    spec = importlib.util.spec_from_file_location("reward_" + Path(file).stem, file)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module                          # its dataclasses look there
+    spec.loader.exec_module(module)
+    function = getattr(module, name)
+
+    def reward(prompts, responses):
+        return finite_numbers(function(prompts, responses), len(responses), said)
+    return reward
+
+
+def finite_numbers(scores, n, said):
+    numbers = [float(score) for score in scores]
+    if len(numbers) != n or not all(math.isfinite(number) for number in numbers):
+        raise SystemExit(f"{said}: gave {str(numbers)[:80]} for {n} responses; expected a finite "
+                         "number for each")
+    return numbers
+
+
+class ModelReward:
+    """A reward model as a reward, of rows or of texts."""
+
+    def __init__(self, folder, tokenizer, device, flag):
+        self.said = f"--{flag} {folder}"
+        self.model = RewardModel.load(folder, device=device, flag=flag).requires_grad_(False)
+        self.tokenizer = load_tokenizer(folder)
+        if tokenizer is not None and fingerprint(tokenizer) != fingerprint(self.tokenizer):
+            raise SystemExit(f"{self.said}: its tokenizer is not the policy's")
+
+    def of_rows(self, rows):
+        return finite_numbers(rewards_of(self.model, rows).tolist(), len(rows), self.said)
+
+    def __call__(self, prompts, responses):
+        return self.of_rows([self.row(p, r) for p, r in zip(prompts, responses)])
+
+    def row(self, prompt, response):
+        """A prompt and a response as tokens. With a chat template a text is a user's turn.
+
+        A row that is too long loses its left end, but a beginning-of-text stays: rather the
+        question is cut than the answer.
+        """
+        tokenizer = self.tokenizer
+        if tokenizer.has_template:
+            if isinstance(prompt, str):
+                prompt = [Turn("user", prompt)]
+            chat = Chat([*prompt, Turn("assistant", response)], tokenizer)
+            ids = chat.ids(chat.whole)
+        else:
+            ids = tokenizer.prompt_ids(prompt) + tokenizer.encode(response) + [tokenizer.eot]
+        bos = [getattr(tokenizer.backend, "bos_token_id", None)]
+        ids = data.cut_left(ids, self.model.context, bos)
+        return data.make_row(ids[:-1], ids[-1:])
+
+
+def fingerprint(tokenizer):
+    text = "Help, my router's fan (2) makes\na strange noise: 100%!"
+    return tokenizer.vocab_size, tokenizer.eot, tokenizer.encode(text)
+
+
+def ask(reward, rows, tokenizer):
+    """The reward of each row's response; a function is told texts, without a BOS.   (B,) float64"""
+    if hasattr(reward, "of_rows"):
+        return torch.tensor(reward.of_rows(rows), dtype=torch.float64)
+    prompts = [tokenizer.text(i for i in row.prompt.tolist() if i not in tokenizer.bos)
+               for row in rows]
+    responses = [tokenizer.text(row.response) for row in rows]
+    return torch.tensor(reward(prompts, responses), dtype=torch.float64)

@@ -139,8 +139,7 @@ def thumb(part, row):
 
 @measured("weight")
 def example_weight(part, row):
-    """What the example's loss is multiplied by: a file's column `weight`; 0 for an online tie.   (b,)
-    """
+    """What the example's loss is multiplied by: a file's `weight`; 0 for an online tie.   (b,)"""
     return part.column(unit[row].weight for unit in part.units)
 
 
@@ -324,6 +323,8 @@ class Reference:
     def logps(self, indices, units, policy=None):
         """Of these units, whose places in the data set are `indices`.   (B, rows per unit)"""
         if self.lags:
+            if parallel.sharded(policy):                     # a look without backward gathered it
+                policy.reshard()
             self.before = [p.detach().clone() for p in policy.parameters()]
         if self.table is not None:
             return self.table[indices]

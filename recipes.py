@@ -423,8 +423,8 @@ class Sum:
 HUMANLINE = {"log_eps_p": -1.0, "log_eps_r": 1.5, "ref_every": 1}
 HUMANLINE_PAPER = ("Liu et al. 2025, Humanline: Online Alignment as Perceptual Loss, "
                    "arXiv 2509.24207; HALOs, train/trainers.py")
-HUMANLINE_IDEA = ("each token's log-ratio is clamped to [log_eps_p, log_eps_r]; every ref_every steps "
-                  "the reference becomes the policy, as it was before the last update")
+HUMANLINE_IDEA = ("each token's log-ratio is clamped to [log_eps_p, log_eps_r]; every ref_every "
+                  "steps the reference becomes the policy, as it was before the last update")
 
 RECIPES = {
     "ld_dpo": Recipe(

@@ -614,5 +614,6 @@ SETTINGS = {  # "default": for a loss that has no entry here
 # --online: the policy's own replies, judged by their true utility. 23,040 of them in every run.
 ONLINE = {
     "default": dict(reward="world", lr=1e-3, steps=90, batch_size=32, group=8, warmup=5),
-    "ppo": dict(lr=1e-3, steps=80, batch_size=288, group=1),
+    "ppo": dict(steps=80, batch_size=288, group=1),
+    "dr_grpo": dict(max_tokens=50.0),                   # the longest reply
 }

@@ -610,6 +610,8 @@ SETTINGS = {  # "default": for a loss that has no entry here
     "sdpo_stepwise": PAIRS | dict(steps=200, beta=1.0, stages=2),
     "sdpo_segment": PAIRS | dict(steps=100, beta=2.0),  # its pairs have no noise
     "tr_dpo": dict(beta=2.0, ref_every=100),            # and DPO's
+    # Its reference follows the policy, so nothing but the step holds it: at 5e-4 it collapses.
+    **dict.fromkeys(("humanline_dpo", "humanline_kto"), dict(lr=1e-4)),
 }
 # --online: the policy's own replies, judged by their true utility. 23,040 of them in every run.
 ONLINE = {

@@ -26,7 +26,7 @@ def gradient(policy, reference, loss, units, trained):
     hyper = objective.signature(loss)[1]
     table = score(reference, units)
     whole = Preferences(loss, hyper, units, Reference(table, reference), batch_size=len(units),
-                        seed=3, trained=trained, mean_over_tokens=loss is recipes.token_nll_loss)
+                        seed=3, trained=trained)
     batch = next(whole.batches(policy, 0))
     losses = whole.losses(whole.measure(policy, batch, range(len(units))))
     weights = [p for p in policy.parameters() if p.requires_grad]

@@ -97,7 +97,8 @@ def old_log_prob(part, row):
 
     A file does not say who wrote its responses; the reference stands for their author.   (b,)
     """
-    return part.old_logps[:, row]
+    old_logps = part.ref_logps if part.old_logps is None else part.old_logps
+    return old_logps[:, row]
 
 
 @measured("chosen_logratios", "rejected_logratios", needs=["reference"], zero=True)
@@ -466,7 +467,7 @@ class Preferences(Objective):
             units, self.stats = self.author(policy, units, step)
         ref_logps = old_logps = None
         if self.reference is not None:
-            ref_logps = old_logps = self.reference.logps(indices, units, policy)
+            ref_logps = self.reference.logps(indices, units, policy)
         if self.author and "old_chosen_logps" in self.wants:
             old_logps = score(policy, units)
         seen = self.through(policy)

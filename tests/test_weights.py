@@ -58,12 +58,12 @@ def test_weight_2_doubles_a_units_gradient_and_weight_0_leaves_it_out_but_counts
 
 def test_the_first_losses_are_weighted_sums_over_the_number_of_rows_by_hand(lab, models, tmp_path,
                                                                             monkeypatch):
-    """z0, metrics and SFT's divisor know no weights."""
+    """z0, metrics and SFT's divisor know no weights; but one of 0 is in no metric (online ties)."""
     without_report(monkeypatch)
     for loss, file in (("dpo", "pairs.jsonl"), ("kto", "rows.jsonl"), ("sft", "rows.jsonl")):
         rows = read_rows(lab / file)[:8]
         for place, row in enumerate(rows):
-            row |= {"weight": place / 2, "label": row.get("label", True) or loss == "sft"}
+            row |= {"weight": (place + 1) / 2, "label": row.get("label", True) or loss == "sft"}
         some = write_rows(tmp_path / f"{loss}.jsonl", rows)
         plain = write_rows(tmp_path / "plain.jsonl", [row | {"weight": None} for row in rows])
         for out, source in (("weighted", some), ("plain", plain)):
@@ -85,7 +85,7 @@ def test_the_first_losses_are_weighted_sums_over_the_number_of_rows_by_hand(lab,
                 sign = 1 if unit[0].desirable else -1
                 gap = sign * (log_ratio(*models, unit[0]) - line["z0"])
                 value = 1 - 1 / (1 + math.exp(-0.1 * gap))
-            total += place / 2 * value
+            total += (place + 1) / 2 * value
         n = tokens if loss == "sft" else 8
         assert line["loss"] == pytest.approx(total / n, rel=1e-9)        # float64 forwards, twice
 

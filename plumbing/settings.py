@@ -322,7 +322,7 @@ def clashes_of_models(settings):
     wants = recipe.wants
     samples = (own.get("z0") == "on_policy" or own.get("slic_target") == "sample"
                or recipe.stage_units is recipes.self_play
-               or recipe.online)
+               or recipe.learner is not recipes.language_model or recipe.online)
     yield config.lora and not config.model, "--lora: is for Hugging Face models; give --model"
     yield config.lora and "ref_every" in own, \
         f"--lora: --loss {config.loss} moves all weights of its reference"

@@ -37,22 +37,21 @@ WHOLE = [name for name, loss in recipes.LOSSES.items() if hasattr(loss, "needs_w
 FAST = {
     "kto": ("kto",),
     "bco": ("bco",),
-    "kto weighted": ("kto", "--data", "weighted.jsonl"),
     "beta_dpo": ("beta_dpo",),
     "tr_dpo": ("tr_dpo", "--ref_every", 2),
     "tdpo2": ("tdpo2",),
     "kto on_policy": ("kto", "--z0", "on_policy"),
     "sdpo_stepwise": ("sdpo_stepwise", "--steps", 2),
     "ppo": ("ppo", "--ppo_epochs", 2, "--minibatches", 2, "--steps", 2),
-    "gspo": ("gspo", "--ppo_epochs", 2, "--minibatches", 2, "--steps", 2),
-    "humanline_kto": ("humanline_kto",),
-    "online kto": ("kto", "--online", "--steps", 2),
     "online dpo": ("dpo", "--online", "--steps", 2),
 }
 SLOW = {
     **{name: (name, "--steps", 2) for name in {**recipes.LOSSES, **recipes.RECIPES}
        if name not in WHOLE},
     **FAST,
+    "gspo": ("gspo", "--ppo_epochs", 2, "--minibatches", 2, "--steps", 2),
+    "humanline_kto": ("humanline_kto",),
+    "kto weighted": ("kto", "--data", "weighted.jsonl"),
     "kto zero": ("kto", "--z0", "zero", "--steps", 2),
     "kto 0.3": ("kto", "--z0", "0.3", "--steps", 2),
     "kto auto": ("kto", "--lambda_d", "auto", "--lambda_u", "auto", "--steps", 2),
@@ -60,8 +59,8 @@ SLOW = {
     "kto + 0.5*bco": ("kto + 0.5*bco", "--steps", 2),
     "slic chosen": ("slic", "--slic_target", "chosen", "--steps", 2),
     **{f"online {name}": (name, "--online", "--steps", 2)
-       for name in ("ipo_bernoulli", "odpo", "sppo", "slic", "wpo", "bco", "kto_uniform", "tr_dpo",
-                    "humanline_dpo")},
+       for name in ("kto", "ipo_bernoulli", "odpo", "sppo", "slic", "wpo", "bco", "kto_uniform",
+                    "tr_dpo", "humanline_dpo")},
 }
 
 

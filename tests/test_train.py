@@ -107,7 +107,8 @@ def test_step_0_has_the_predicted_loss_where_policy_and_reference_are_equal(lab,
 def test_how_far_step_0_may_be_off_depends_on_the_dtype(capsys):
     """A tenth of the tolerance passes, and ten times it stops: log-ratio and loss."""
     for dtype, tolerance in (("fp64", 1e-9), ("fp32", 1e-3), ("bf16", 0.1)):
-        run_ = SimpleNamespace(config=SimpleNamespace(dtype=dtype), must_be_equal=lambda: True)
+        run_ = SimpleNamespace(config=SimpleNamespace(dtype=dtype), must_be_equal=lambda: True,
+                               recipe=SimpleNamespace(online=False))
         small, large = tolerance / 10, tolerance * 10
         announce.check_first_step((0.5 + small, 0.5, small), 1.0, run_)
         assert capsys.readouterr().out.endswith("| ok\n")

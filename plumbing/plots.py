@@ -156,3 +156,17 @@ def draw_utilities(ax, result):
     ax.set_xlabel("true utility of a reply to a held-out prompt (-6: or less)")
     ax.set_ylabel(f"replies, of {result['n']}")
     ax.legend(frameon=False, loc="best")
+
+
+def plot_scores(path, scores):
+    """scores.png of real.py, from {judge: (scores before, scores after)}."""
+    picture, axes = figure(len(scores))
+    for ax, (judge, both) in zip(axes, scores.items()):
+        bins = np.histogram_bin_edges(np.concatenate(both), 20)
+        for name, colour, values in zip(("before", "after"), (ORANGE, BLUE), both):
+            ax.hist(values, bins=bins, color=colour, alpha=0.55,
+                    label=f"{name}, mean {np.mean(values):+.2f}")
+        ax.set_title(f"what the {judge} makes of {len(both[0])} answers", fontsize=11)
+        ax.set_xlabel("score: the more, the more positive")
+        ax.legend(frameon=False)
+    picture.savefig(path, dpi=110)

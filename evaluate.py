@@ -43,6 +43,8 @@ from plumbing.huggingface import load_policy
 from plumbing.judges import (export_pairs, kept_comparison, length_controlled, prompt_text,
                              read_result, read_verdicts, save_result, write_comparison)
 from plumbing.plots import plot_curves, plot_frontier
+from plumbing.reading import check_path
+from plumbing.rundir import read_config
 from plumbing.tokenizer import load_tokenizer
 
 
@@ -391,6 +393,9 @@ def main(argv):
     p.add_argument("--seed", type=int)
     p.add_argument("--device", default="cpu")
     args = p.parse_args(argv)
+    check_path(args.run, f"run {args.run}")
+    for path in filter(None, [args.judge, args.verdicts, args.export_pairs, *(args.data or ())]):
+        check_path(path, path)
     record = run_config(args.run)
     if args.prompt:
         answer_prompts(args)
@@ -407,10 +412,11 @@ def main(argv):
 
 def run_config(out):
     """config.json of a finished run."""
-    for file in ("config.json", "model/config.json"):
-        if not (out / file).is_file():
-            raise SystemExit(f"{out}: no {file} there; expected the --out folder of a finished run")
-    return json.loads((out / "config.json").read_text())
+    if not (out / "model/config.json").is_file():
+        raise SystemExit(f"{out}: no model/config.json there; expected the --out folder of a "
+                         "finished run")
+    return read_config(out, "run", task=str, ref=str, columns=str, data=list, eval_data=list,
+                       max_prompt_len=int)
 
 
 def load_run(out, device="cpu"):

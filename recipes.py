@@ -36,6 +36,7 @@ import ppo
 import rollouts
 from objective import Preferences, Reference, is_paired, needs, signature
 from plumbing import parallel, rewards, rundir
+from plumbing.reading import read_json
 
 
 # --- which tokens, and of which rows ------------------------------------------------------------
@@ -210,7 +211,7 @@ def sampled_once(run, units, path, policy, *, desirable):
         if parallel.rank == 0:
             rundir.write(path, json.dumps(written))
         parallel.barrier()
-    return as_rows(units, json.loads(path.read_text()), desirable)
+    return as_rows(units, read_json(path, f"--resume: {path.parent}", list), desirable)
 
 
 # --- compared with what -------------------------------------------------------------------------

@@ -235,7 +235,7 @@ def run_once(argv):
 
     clock = time.perf_counter()
     if config.resume:                                        # from the same models as before
-        old = rundir.read_config(out)
+        old = rundir.read_config(out, init=str, ref=str)
         config.init, config.ref = config.init or old["init"], config.ref or old["ref"]
     base = config.model
     if not base and not (config.init and config.ref):        # nobody names one: make it

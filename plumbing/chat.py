@@ -22,7 +22,7 @@ from collections import Counter
 from functools import cached_property
 from typing import NamedTuple
 
-from plumbing.files import one_line
+from plumbing.reading import one_line
 from plumbing.formats import Pair, Turn
 
 OPEN, CLOSE = "\ue000", "\ue001"          # of Unicode's private area, around a number

@@ -21,7 +21,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from plumbing import parallel
-from plumbing.rundir import write
+from plumbing.reading import check_kind, one_line, read_json, reading, tensors_of
+from plumbing.rundir import remove, write
 
 warnings.filterwarnings("ignore", message="torch.distributed is disabled")
 
@@ -61,10 +62,10 @@ def save(folder, step, policy, optimizer, running, reference=None):
             state = {"step": step, "updates": updates, "running": running,
                      "files": len(list(beside.glob("*.safetensors")))}
             write(beside / "state.json", json.dumps(state))
-            shutil.rmtree(path, ignore_errors=True)
+            remove(path)
             os.replace(beside, path)
             for old in saved(folder)[:-2]:
-                shutil.rmtree(old)
+                remove(old)
     except (OSError, dcp.CheckpointException) as e:
         raise SystemExit(f"{path}: the checkpoint cannot be written ({one_line(e)}); "
                          "the ones before it are untouched: make room, then --resume") from None
@@ -75,12 +76,11 @@ def load(folder, policy, optimizer, running, reference=None):
     """Fill in everything from the newest checkpoint that can be read.   -> steps done"""
     for path in reversed(saved(folder)):
         try:
-            state = json.loads((path / "state.json").read_text())
+            state = read_json(path / "state.json", path)
             check(path, state)
             reader = dcp.HuggingFaceStorageReader(str(path))
             dcp.load(contents(policy, optimizer, reference), storage_reader=reader)
-        except (OSError, ValueError, KeyError, TypeError, RuntimeError,
-                dcp.CheckpointException) as e:
+        except (Exception, SystemExit, dcp.CheckpointException) as e:
             parallel.say(f"--resume: {path} cannot be read ({one_line(e)}); "
                          "going back to the one before it")
             continue
@@ -96,7 +96,12 @@ def load(folder, policy, optimizer, running, reference=None):
 
 def check(path, state):
     """dcp would leave out a file that is missing, and say nothing."""
-    found = len(list(path.glob("*.safetensors")))
+    if state["step"] != int(path.name.removeprefix("step-")):
+        raise ValueError(f"step is {state['step']!r:.60}")
+    check_kind(state["updates"], int, "updates")
+    if not all(isinstance(value, (int, float)) for value in state["running"].values()):
+        raise ValueError(f"running is {state['running']!r:.60}")
+    found = len(tensors_of(path, path))
     if found != state["files"]:
         raise ValueError(f"{found} of {state['files']} files are there")
 
@@ -145,14 +150,9 @@ def save_table(path, table):
     parallel.barrier()
 
 
-def load_table(path):
-    with safe_open(path, "pt") as file:
-        return file.get_tensor("logps")
-
-
-def one_line(error):
-    """One line of an exception; of a collective's, the first process's."""
-    failures = getattr(error, "failures", None)
-    if failures:
-        error = next(iter(failures.values()))[0]
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+def load_table(path, shape):
+    with reading(f"--resume: {path}"), safe_open(path, "pt") as file:
+        table = file.get_tensor("logps")
+        if table.shape != shape:
+            raise ValueError(f"its shape is {list(table.shape)}; expected {list(shape)}")
+    return table

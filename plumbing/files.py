@@ -10,6 +10,8 @@ import os
 import re
 from pathlib import Path
 
+from plumbing.reading import one_line, read_json
+
 HUB = r"([\w.-]+/[\w.-]+)(?:/([\w.-]+))?(?::(.+))?"        # org/name, org/name/config:split
 
 
@@ -96,7 +98,7 @@ def _saved_rows(folder):
     state = folder / "state.json"
     if not state.is_file():
         raise ValueError("no state.json, which save_to_disk writes into the folder of each split")
-    names = json.loads(state.read_text())["_data_files"]
+    names = read_json(state, folder)["_data_files"]
     files = [open(folder / name["filename"], "rb") for name in names]
     yield from _numbered("row", _of_tables(table for file in files
                                            for table in ipc.open_stream(file)))
@@ -114,7 +116,3 @@ def _hub_rows(name, configuration, split):
 
 
 READERS = {".json": _json_rows, ".jsonl": _json_rows, ".csv": _csv_rows, ".parquet": _parquet_rows}
-
-
-def one_line(error):
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"

@@ -355,7 +355,7 @@ class Record:
         more = {key: message[key] for key in keys if message.get(key)}
         if content is None and "tool_calls" in more:
             content = ""
-        written = json.dumps(more, ensure_ascii=False) if more else ""
+        written = json.dumps(more, ensure_ascii=False, default=str) if more else ""
         return Turn(ROLES[role.lower()], self.text(content), self.text(written))
 
     def part(self, part):
@@ -461,7 +461,8 @@ def _prompt(row):
         if column in row.cells:
             return row.prompt(column)
     turns = []
-    for exchange in row.cell("history", []):
+    history = row.cell("history", [])
+    for exchange in history if isinstance(history, list) else [history]:
         if not isinstance(exchange, list) or len(exchange) != 2:
             row.refuse(exchange, "a list of [question, answer]")
         turns += [Turn("user", row.text(exchange[0])), Turn("assistant", row.text(exchange[1]))]

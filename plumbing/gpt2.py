@@ -6,6 +6,8 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
+from plumbing.reading import read_json
+
 TRANSPOSED = ("c_attn.weight", "c_proj.weight", "c_fc.weight")       # there they are (in, out)
 
 
@@ -33,10 +35,12 @@ def save(policy, folder, eot, weights):
 
 def load(gpt, shape, folder, dtype):
     """gpt: the class, shape: the class of its config.   -> a GPT on the CPU"""
-    c = json.loads((Path(folder) / "config.json").read_text())
+    c = read_json(Path(folder) / "config.json", folder)
+    stored = load_file(Path(folder) / "model.safetensors")
+    if not 0 < c["n_layer"] < len(stored):                   # else building it would never end
+        raise ValueError(f"config.json: n_layer is {c['n_layer']}; there are {len(stored)} tensors")
     model = gpt(shape(c["vocab_size"], c["n_positions"], c["n_layer"], c["n_head"], c["n_embd"],
                       c["nanokto"]["bias"])).to(dtype)
-    stored = load_file(Path(folder) / "model.safetensors")
     weights = {}
     for name in model.state_dict():
         tensor = stored["transformer." + name]

@@ -8,10 +8,8 @@ What transformers only warns of, such as weights that are missing or NaN, is an 
 """
 
 import copy
-import json
 import re
 import warnings
-from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -20,8 +18,8 @@ import torch.nn as nn
 from safetensors.torch import load_file
 
 from model import GPT, Policy
-from plumbing.files import one_line
 from plumbing.kernels import compile_head, fuse
+from plumbing.reading import check_path, read_json, reading, tensors_of
 
 SIXTEEN_BITS = (torch.bfloat16, torch.float16)
 
@@ -75,6 +73,9 @@ class HFPolicy(Policy):
         """
         window = getattr(self.lm.config.get_text_config(), "sliding_window", None) or 0
         first = 5 + (window if window <= 512 else 0)
+        whole = (self.context, self.context)
+        if any(mask.shape[-2:] == whole for mask in self.lm.buffers()):
+            return False  # a mask of its own (GPT-Neo): a flat row may be longer
         ids, positions = self._probe_row(first, first + 1)
         changed = ids.clone()
         changed[:first] = (ids[:first] + 1) % self.vocab_size
@@ -274,7 +275,7 @@ class TokenClassifier(nn.Module):
     def __init__(self, folder, dtype, flag):
         super().__init__()
         from transformers import AutoModelForSequenceClassification
-        with broken_folder(flag, folder):
+        with reading(f"--{flag} {folder}"):
             self.classifier, info = AutoModelForSequenceClassification.from_pretrained(
                 folder, num_labels=1, dtype=dtype, use_safetensors=True, local_files_only=True,
                 output_loading_info=True)
@@ -322,17 +323,9 @@ def groups_of_like_length(lengths):
 
 # --- folders --------------------------------------------------------
 
-@contextmanager
-def broken_folder(flag, folder):
-    """A folder can be broken in many ways. Each becomes one line that names it."""
-    try:
-        yield
-    except Exception as error:
-        raise SystemExit(f"--{flag} {folder}: cannot be loaded ({one_line(error)})") from None
-
-
 def local_folder(name, flag="model", *, trust_remote_code=False):
     """The folder of that name, or else the hub's files of that name, downloaded."""
+    check_path(name, f"--{flag} {name}")
     is_hub_name = re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", str(name))
     if Path(name).is_dir() or not is_hub_name:
         return Path(name)
@@ -341,37 +334,31 @@ def local_folder(name, flag="model", *, trust_remote_code=False):
              "adapter_config.json", "generation_config.json", "merges.txt", "*.jinja"]
     if trust_remote_code:
         files.append("*.py")
-    with broken_folder(flag, name):
+    with reading(f"--{flag} {name}"):
         return Path(snapshot_download(str(name), allow_patterns=files, ignore_patterns=["*/*"]))
 
 
-def adapter_base(folder):
+def adapter_base(folder, flag="model"):
     """The base model's folder or hub name if `folder` holds a peft adapter, else None."""
     path = Path(folder) / "adapter_config.json"
     if not path.is_file():
         return None
-    return json.loads(path.read_text()).get("base_model_name_or_path")
+    base = read_json(path, f"--{flag} {folder}").get("base_model_name_or_path")
+    if not isinstance(base, str) or not base:
+        raise SystemExit(f"--{flag} {folder}: adapter_config.json: base_model_name_or_path is "
+                         f"{base!r:.60}; expected a folder or a name of the hub")
+    check_path(base, f"--{flag} {folder}: its base {base}")
+    return base
 
 
 def read_model_config(folder, flag="model"):
     """config.json of the model in `folder`, or of the base if it holds an adapter."""
-    base = adapter_base(folder)
+    said = f"--{flag} {folder}"
+    base = adapter_base(folder, flag)
     if base:
-        return read_model_config(local_folder(base, flag), flag)
-    path = Path(folder) / "config.json"
-    if not path.is_file():
-        raise SystemExit(f"--{flag} {folder}: no config.json there; "
-                         "expected a folder with a model in Hugging Face format")
-    with broken_folder(flag, folder):
-        return json.loads(path.read_text())
-
-
-def weight_files(folder, flag="model"):
-    files = sorted(Path(folder).glob("*.safetensors"))
-    if not files:
-        raise SystemExit(f"--{flag} {folder}: no *.safetensors there; "
-                         "only safetensors weights are loaded")
-    return files
+        folder = local_folder(base, flag)
+        said += f": its base {base}"
+    return read_json(Path(folder) / "config.json", said)
 
 
 # --- loading --------------------------------------------------------
@@ -385,30 +372,28 @@ def load_policy(folder, *, device="cpu", dtype=torch.float32, lora=0, seed=0,
     """
     name = folder
     folder = local_folder(name, flag, trust_remote_code=trust_remote_code)
-    base = adapter_base(folder)
+    base = adapter_base(folder, flag)
     source = folder
     if base:
         source = local_folder(base, flag, trust_remote_code=trust_remote_code)
-    own = "nanokto" in read_model_config(source, flag)
+    own = "nanokto" in read_model_config(folder, flag)
     if own and (lora or base):
         raise SystemExit(f"--{flag} {folder}: this project's small GPT takes no adapters (--lora)")
     for place in (source, folder):
-        weight_files(place, flag)
-    with broken_folder(flag, folder):
+        tensors_of(place, f"--{flag} {folder}")
+    with reading(f"--{flag} {folder}"):
         if own:
             net = GPT.from_pretrained(folder, device=device, dtype=dtype)
         else:
             net = load_lm(source, dtype, trust_remote_code, flag).to(device)
         if base:
             net = merge_adapter(net, folder, flag)
-    for tensor, p in net.named_parameters():
-        if p.numel() and not all(end.isfinite() for end in p.detach().aminmax()):
-            raise SystemExit(f"--{flag} {folder}: NaN or infinity in {tensor}")
-    if own:
-        return net
-    policy = HFPolicy(net, lora=lora, seed=seed)
-    if (source / "generation_config.json").is_file():
-        policy.generation_config = (source / "generation_config.json").read_text()
+        refuse_nan(net, f"--{flag} {folder}")
+        if own:
+            return net
+        policy = HFPolicy(net, lora=lora, seed=seed)
+        if (source / "generation_config.json").is_file():
+            policy.generation_config = (source / "generation_config.json").read_text()
     if base:
         policy.sft_adapter = str(folder)
     if lora:
@@ -416,6 +401,12 @@ def load_policy(folder, *, device="cpu", dtype=torch.float32, lora=0, seed=0,
         name = Path(name).resolve() if Path(name).is_dir() else name
         policy.peft.active_peft_config.base_model_name_or_path = str(name)
     return policy
+
+
+def refuse_nan(net, said):
+    for name, p in net.named_parameters():
+        if p.numel() and not all(end.isfinite() for end in p.detach().aminmax()):
+            raise SystemExit(f"{said}: NaN or infinity in {name}")
 
 
 def load_lm(folder, dtype, trust_remote_code, flag):
@@ -430,6 +421,8 @@ def load_lm(folder, dtype, trust_remote_code, flag):
     misshapen = [name for name, found, wanted in info["mismatched_keys"]]
     for name in sorted([*info["missing_keys"], *misshapen]):
         raise SystemExit(f"--{flag} {folder}: its files have no {name} of the config's shape")
+    if dtype == torch.float64 and hasattr(lm, "set_experts_implementation"):
+        lm.set_experts_implementation("eager")  # the fast ones have no float64
     if torch.cuda.is_available() and dtype in SIXTEEN_BITS and is_flash_attn_2_available():
         if lm._supports_flash_attn:  # flat rows then cost no N x N
             lm.set_attn_implementation("flash_attention_2")
@@ -444,8 +437,11 @@ def add_lora(lm, rank, seed=0):
     A is random and depends on `seed` alone, so that all processes have the same.
     """
     import peft
-    config = peft.LoraConfig(task_type="CAUSAL_LM", r=rank, lora_alpha=2 * rank,
-                             target_modules="all-linear", lora_dropout=0.0)
+    without = None
+    if lm.config.model_type in ("falcon_h1", "mamba", "mamba2", "falcon_mamba", "nemotron_h"):
+        without = ["conv1d", "out_proj"]  # Mamba's kernels take these weights, not the layers
+    config = peft.LoraConfig(task_type="CAUSAL_LM", r=rank, lora_alpha=2 * rank, lora_dropout=0.0,
+                             target_modules="all-linear", exclude_modules=without)
     devices = [lm.device] if lm.device.type == "cuda" else []
     with warnings.catch_warnings(action="ignore"), torch.random.fork_rng(devices=devices):
         torch.manual_seed(seed)

@@ -12,16 +12,18 @@ from pathlib import Path
 import numpy as np
 
 from plumbing.formats import Turn
+from plumbing.reading import read_json, reading
+from plumbing.rundir import write
 
 
 def read_result(out):
     """The content of eval.json; {} where there is none."""
     file = Path(out) / "eval.json"
-    return json.loads(file.read_text()) if file.is_file() else {}
+    return read_json(file, out) if file.is_file() else {}
 
 
 def save_result(out, result):
-    (Path(out) / "eval.json").write_text(json.dumps(result, indent=2) + "\n")
+    write(Path(out) / "eval.json", json.dumps(result, indent=2) + "\n")
 
 
 def prompt_text(prompt):
@@ -38,7 +40,7 @@ def write_comparison(out, rows):
         if not isinstance(row["prompt"], str):
             row = row | {"prompt": [turn._asdict() for turn in row["prompt"]]}
         lines.append(json.dumps(row) + "\n")
-    (Path(out) / "comparison.jsonl").write_text("".join(lines))
+    write(Path(out) / "comparison.jsonl", "".join(lines))
     return _digest(out)
 
 
@@ -48,7 +50,7 @@ def kept_comparison(out):
     eval.json holds the file's hash, and a run that goes on writes eval.json anew.
     """
     note = read_result(out).get("comparison")
-    if not note or _digest(out) != note["sha256"]:
+    if not isinstance(note, dict) or _digest(out) != note.get("sha256", ""):
         return [], {}
     rows = [json.loads(line) for line in open(Path(out) / "comparison.jsonl")]
     for row in rows:
@@ -73,7 +75,7 @@ def export_pairs(out, rows, file):
             first, second = second, first
         pair = {"id": name, "prompt": prompt_text(rows[i]["prompt"]), "a": first, "b": second}
         lines.append(json.dumps(pair, ensure_ascii=False) + "\n")
-    Path(file).write_text("".join(lines), encoding="utf-8")
+    write(Path(file), "".join(lines))
 
 
 def _places(out, rows):
@@ -96,12 +98,12 @@ def read_verdicts(out, rows, file):
     facts: `disagreement`, of the pairs judged in both orders the share whose verdicts differ;
     `position_bias`, the share of "a" among "a" and "b"; `one_order`, pairs judged in one order.
     """
-    if not Path(file).is_file():
-        raise SystemExit(f"--verdicts {file}: no such file")
     places = _places(out, rows)
     given = [{} for _ in rows]          # of each pair: where the policy stood -> its win
     said = []
-    for number, line in enumerate(Path(file).read_text(encoding="utf-8-sig").split("\n"), 1):
+    with reading(f"--verdicts {file}"):
+        lines = Path(file).read_text(encoding="utf-8-sig").split("\n")
+    for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
         where = f"--verdicts {file}: line {number}"
@@ -131,7 +133,7 @@ def _parse_verdict(line, where):
         record = json.loads(line)
         name, verdict = record["id"], record["verdict"].strip().lower()
         valid = verdict in ("a", "b", "tie") and isinstance(name, str)
-    except (ValueError, KeyError, TypeError, AttributeError):   # no JSON, or none of this shape
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         valid = False
     if not valid:
         raise SystemExit(f"{where}: expected {{\"id\": \"...\", \"verdict\": \"a\", \"b\" or "

@@ -14,7 +14,6 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn as nn
-from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import data
@@ -22,7 +21,8 @@ import world
 from model import GPT, widened
 from plumbing.chat import Chat
 from plumbing.formats import Turn
-from plumbing.huggingface import HFPolicy, TokenClassifier, read_model_config, weight_files
+from plumbing.huggingface import HFPolicy, TokenClassifier, read_model_config, refuse_nan
+from plumbing.reading import reading, tensors_of
 from plumbing.tokenizer import load_tokenizer
 
 
@@ -75,21 +75,25 @@ class Scorer(nn.Module):
     @classmethod
     def load(cls, folder, *, new=False, device="cpu", dtype=torch.float32, flag="reward"):
         """What `save` or transformers wrote. new: a language model will do, with a head of 0."""
-        has_head = any("score.weight" in safe_open(file, "pt").keys()
-                       for file in weight_files(folder, flag))
+        said = f"--{flag} {folder}"
+        has_head = any("score.weight" in names for names in tensors_of(folder, said).values())
         if not has_head and not new:
-            raise SystemExit(f"--{flag} {folder}: a language model without a reward head; "
+            raise SystemExit(f"{said}: a language model without a reward head; "
                              "--loss rm trains one from it")
-        if "nanokto" in read_model_config(folder, flag):
-            scorer = cls(GPT.from_pretrained(folder, device=device, dtype=dtype))
-            if has_head:
-                saved = load_file(Path(folder) / "score.safetensors")
-                scorer.score.load_state_dict({"weight": saved["score.weight"]})
-            return scorer
-        classifier = TokenClassifier(folder, dtype, flag).to(device)
-        if not has_head:
-            nn.init.zeros_(classifier.get_output_embeddings().weight)
-        return cls(HFPolicy(classifier))
+        own = "nanokto" in read_model_config(folder, flag)
+        with reading(said):
+            if own:
+                scorer = cls(GPT.from_pretrained(folder, device=device, dtype=dtype))
+                if has_head:
+                    saved = load_file(Path(folder) / "score.safetensors")
+                    scorer.score.load_state_dict({"weight": saved["score.weight"]})
+            else:
+                classifier = TokenClassifier(folder, dtype, flag).to(device)
+                if not has_head:
+                    nn.init.zeros_(classifier.get_output_embeddings().weight)
+                scorer = cls(HFPolicy(classifier))
+        refuse_nan(scorer, said)
+        return scorer
 
 
 class Critic(Scorer):

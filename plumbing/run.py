@@ -25,6 +25,7 @@ import evaluate
 import recipes
 from objective import needs, score
 from plumbing import checkpoint, huggingface, parallel, rewards, rundir, settings, sources
+from plumbing.reading import read_json, tensors_of
 
 
 class Run:
@@ -122,7 +123,7 @@ class Run:
                 folder = huggingface.local_folder(getattr(config, name), name,
                                                   trust_remote_code=config.trust_remote_code)
                 huggingface.read_model_config(folder, name)
-                huggingface.weight_files(folder, name)
+                tensors_of(folder, f"--{name} {folder}")
                 setattr(config, name, str(folder))
 
     def start(self):
@@ -189,7 +190,7 @@ class Run:
         """log pi_ref of the rows that the steps reach; kept in `path`, and read from there."""
         table = torch.full((len(units), len(units[0])), torch.nan, dtype=torch.float64)
         if path.is_file() and not self.config.dry_run:
-            table = checkpoint.load_table(path)
+            table = checkpoint.load_table(path, table.shape)
         rows = range(len(units))
         if not every_row:
             rows = self.rows_reached(len(units))
@@ -334,7 +335,7 @@ class Run:
             self.source.report(policy, reference, self.seconds)
             if self.config.judge:
                 self.ask_the_judge(policy, reference)
-        found = json.loads((self.out / "eval.json").read_text())
+        found = read_json(self.out / "eval.json", self.out)
         card = evaluate.model_card(self.settings, found)
         (self.out / "model" / "README.md").write_text(card)
 

@@ -13,6 +13,8 @@ import subprocess
 from contextlib import contextmanager
 from pathlib import Path
 
+from plumbing.reading import check_kinds, check_path, read_json
+
 FILES = ("config.json", "metrics.jsonl", "curves.png", "frontier.png", "samples.md", "eval.json",
          "checkpoint", "model", "targets.json", "ordering.safetensors", "comparison.jsonl",
          "pairs_key.json")
@@ -27,6 +29,8 @@ def check(config):
         raise SystemExit(f"--out {out}: is a file; expected a folder")
     if config.resume and not is_run:
         raise SystemExit(f"--resume: {out} holds no run (no config.json); start without --resume")
+    if config.resume:
+        refuse_strange_kinds(out)
     if config.resume or config.dry_run or not out.is_dir():
         return
     if is_run and not config.overwrite:
@@ -39,11 +43,22 @@ def check(config):
         raise SystemExit(f"--out {out}: holds files that are not a run's; choose another folder")
 
 
+def parts(out):
+    """Everything that a run may leave in its folder."""
+    return [*(out / name for name in FILES), *out.glob("stage-*"), *out.glob("reference-*")]
+
+
+def refuse_strange_kinds(out):
+    for path in parts(out):
+        if path.exists() and path.suffix != ".tmp" and path.is_dir() != (path.suffix == ""):
+            kind = "a folder, not a file" if path.is_dir() else "a file, not a folder"
+            raise SystemExit(f"--resume: {path} is {kind}; move it away, or --overwrite")
+
+
 def prepare(out, record, done):
     """Write config.json; drop what a run that is replaced, or killed, has left."""
     if not done:
-        for path in [*(out / name for name in FILES), *out.glob("stage-*"),
-                     *out.glob("reference-*")]:
+        for path in parts(out):
             remove(path)
     for path in [*out.glob("*.tmp"), *out.glob("checkpoint/*.tmp")]:
         remove(path)
@@ -63,19 +78,20 @@ def remove(path):
 
 
 def step_of(line):
-    """The step of a line of metrics.jsonl; infinity of half a line."""
+    """The step of a line of metrics.jsonl; infinity of half a line, or of one with no numbers."""
     try:
-        return json.loads(line)["step"]
-    except (ValueError, TypeError, KeyError):
+        found = json.loads(line)
+        numbers = all(isinstance(value, (int, float, type(None))) for value in found.values())
+        return int(found["step"]) if numbers else float("inf")
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
         return float("inf")
 
 
-def read_config(out):
-    try:
-        return dict(json.loads((out / "config.json").read_text()))
-    except (OSError, ValueError, TypeError) as e:
-        raise SystemExit(f"--resume: {out}/config.json is broken ({e}); what the run was started "
-                         "with is not known. --overwrite starts again") from None
+def read_config(out, said="--resume, or --overwrite", **kinds):
+    """config.json of a run. kinds: of what will be used, init=str."""
+    found = read_json(out / "config.json", f"{said}: {out}")
+    check_kinds(found, kinds, f"{said}: {out}: config.json")
+    return found
 
 
 def refuse_changes(out, record, may_change):
@@ -92,16 +108,20 @@ def refuse_changes(out, record, may_change):
 def write(path, text):
     """Written beside and renamed, and on the disk when this returns."""
     beside = path.with_name(path.name + ".tmp")
-    with open(beside, "w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(beside, path)
+    try:
+        with open(beside, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(beside, path)
+    except OSError as e:
+        raise SystemExit(f"{path}: cannot be written ({e.strerror})") from None
 
 
 @contextmanager
 def locked(path, wait=True):
     """Hold a lock file. Where another process holds it: wait, or end in one line."""
+    check_path(path, f"--out {path.parent}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         file = open(path, "w")

@@ -18,12 +18,14 @@ import torch
 import recipes
 import world
 from objective import MEASURED, needs, signature
+from plumbing.reading import check_path
 
 
-def flag(default, help, *, least=None, positive=False, choices=(), may_change=False):
+def flag(default, help, *, least=None, most=None, positive=False, choices=(), may_change=False):
     """One flag. may_change: --resume may be given another value of it."""
     return field(default=default, metadata=dict(
-        help=help, least=least, positive=positive, choices=choices, may_change=may_change))
+        help=help, least=least, most=most, positive=positive, choices=choices,
+        may_change=may_change))
 
 
 @dataclass
@@ -52,7 +54,8 @@ class Config:
     warmup: int = flag(10, "steps of linear warm-up; then a cosine to a tenth", least=0)
     weight_decay: float = flag(0.0, "on matrices only", least=0)
     max_grad_norm: float = flag(1.0, "gradients are scaled down to this norm; 0: never", least=0)
-    seed: int = flag(0, "of data order, initial weights and sampling", least=0)
+    seed: int = flag(0, "of data order, initial weights and sampling", least=0,
+                     most=2**63)
     lora: int = flag(0, "rank of low-rank adapters, which alone are trained; 0: none", least=0)
     save: str = flag("merged", "with --lora: what model/ holds", choices=("merged", "adapter"),
                      may_change=True)
@@ -64,7 +67,8 @@ class Config:
     dtype: str = flag("fp32", "bf16: autocast, weights stay fp32 (frozen ones of --lora do not)",
                       choices=("fp32", "bf16", "fp64"))
     device: str = flag("", "cpu, cuda or mps (default: cuda where there is one)", may_change=True)
-    max_len: int = flag(1024, "tokens per row, never above the model's context", least=2)
+    max_len: int = flag(1024, "tokens per row, never above the model's context", least=2,
+                        most=2**24)
     max_prompt_len: int = flag(512, "tokens per prompt; longer ones lose their left end", least=1)
     threshold: float = flag(None, "scored rows: desirable if reward > threshold")
     columns: str = flag("", "column names, prompt=question,completion=answer")
@@ -84,7 +88,7 @@ class Config:
     save_every: int = flag(100, "steps between checkpoints", least=1, may_change=True)
     log_every: int = flag(1, "steps between progress updates", least=1, may_change=True)
     timeout: int = flag(1800, "seconds that a process waits for the others", least=1,
-                        may_change=True)
+                        most=10**9, may_change=True)
 
 
 FIELDS = {f.name: f for f in fields(Config)}
@@ -95,6 +99,8 @@ OF_FILES = ("eval_data", "threshold", "columns", "tokenizer", "turns", "add_eot"
 LEAST = {"stages": 1, "ref_every": 1, "lambda_d": 0, "lambda_u": 0, "z0": 0, "ppo_epochs": 1,
          "minibatches": 1, "kl_coef": 0, "vf_coef": 0, "centre": 0, "target_kl": 0, "group": 1}
 POSITIVE = ("beta", "tau", "eta", "clip", "clip_value", "clamp")
+MOST = torch.finfo(torch.float32).max
+PATHS = ("model", "data", "eval_data", "tokenizer", "init", "ref", "out", "judge", "reward")
 NO_LIMIT = ("clip", "clip_value", "clamp")                   # inf switches these off
 WORDS = {"z0": ("estimate", "zero", "on_policy"), "lambda_d": ("auto",), "lambda_u": ("auto",),
          "slic_target": ("sample", "chosen", "data")}
@@ -246,6 +252,8 @@ def reader(key, default):
         if text in words:
             return text == "true" if default is True else text
         if kind in (str, tuple) and not words:
+            if key in PATHS:
+                check_path(text, f"--{key} {text}")
             return text
         try:
             if words and key not in NUMBER_TOO:
@@ -254,8 +262,8 @@ def reader(key, default):
         except ValueError:
             raise argparse.ArgumentTypeError(f"{text!r}: valid are {valid}") from None
         switched_off = value == math.inf and key in NO_LIMIT
-        if not math.isfinite(value) and not switched_off:
-            raise argparse.ArgumentTypeError(f"{text!r} is not a finite number")
+        if not abs(value) <= MOST and not switched_off:
+            raise argparse.ArgumentTypeError(f"{text!r} is not a finite number up to {MOST:.2g}")
         return value
     return read
 
@@ -265,13 +273,15 @@ def reader(key, default):
 def check(settings, typed):
     config, own = settings.config, settings.hyper | settings.options
     for key, value in (asdict(config) | own).items():
-        about = {"least": LEAST.get(key), "positive": key in POSITIVE}
+        about = {"least": LEAST.get(key), "most": None, "positive": key in POSITIVE}
         if key in FIELDS:
             about = FIELDS[key].metadata
         if not isinstance(value, (int, float)):
             continue
         if about["least"] is not None and value < about["least"]:
             raise SystemExit(f"--{key} {value}: must be at least {about['least']}")
+        if about["most"] is not None and value > about["most"]:
+            raise SystemExit(f"--{key} {value}: must be at most {about['most']}")
         if about["positive"] and value <= 0:
             raise SystemExit(f"--{key} {value}: must be positive")
     if "steps" in typed and not config.steps:

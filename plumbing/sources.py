@@ -14,6 +14,7 @@ from objective import score
 from plumbing import chat, formats, parallel
 from plumbing.formats import Feedback, Pair, Turn, counts_line
 from plumbing.huggingface import adapter_base, local_folder, read_model_config
+from plumbing.reading import check_kind, reading
 from plumbing.tokenizer import Tokenizer, chat_settings, load_tokenizer
 from pathlib import Path
 
@@ -224,6 +225,10 @@ class Files:
 
 def context_of(folder):
     """Positions that the model in `folder` knows, or None."""
-    shape = read_model_config(folder)
-    shape = shape.get("text_config", shape)
-    return shape.get("max_position_embeddings") or shape.get("n_positions")
+    found = read_model_config(folder)
+    found = found.get("text_config", found)
+    with reading(f"{folder}: config.json"):
+        for name in ("max_position_embeddings", "n_positions"):
+            if found.get(name) is not None:
+                check_kind(found[name], int, name)
+                return found[name]

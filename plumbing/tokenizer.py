@@ -15,7 +15,7 @@ from pathlib import Path
 import tiktoken
 
 from plumbing import chat
-from plumbing.files import one_line
+from plumbing.reading import read_json, reading
 from plumbing.formats import plain_texts
 
 EOT = "<|endoftext|>"
@@ -161,37 +161,39 @@ def load_tokenizer(name=None, *, trust_remote_code=False, settings=None):
                                            mergeable_ranks={bytes([i]): i for i in range(256)},
                                            special_tokens={EOT: 256}))
     folder = Path(name)
-    if (folder / "tiktoken.json").is_file():
-        return Tokenizer(_our_encoding(folder))
-    if (folder / "vocab.bpe").is_file() and (folder / "encoder.json").is_file():
-        return Tokenizer(_gpt2_encoding(folder))
     files = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json")
     local = any((folder / file).is_file() for file in files)
-    if folder.exists() and not local:
+    ours = (folder / "tiktoken.json").is_file()
+    gpt2 = (folder / "vocab.bpe").is_file() and (folder / "encoder.json").is_file()
+    if folder.exists() and not (local or ours or gpt2):
         raise SystemExit(f"--tokenizer {folder}: no tokenizer there; expected tiktoken.json, "
                          "vocab.bpe + encoder.json, or tokenizer.json")
-    try:
+    with reading(f"--tokenizer {name}"):
+        if ours:
+            return Tokenizer(_our_encoding(folder))
+        if gpt2:
+            return Tokenizer(_gpt2_encoding(folder))
         if str(name) == "gpt2" and not local:
             return Tokenizer(tiktoken.get_encoding("gpt2"))
         from transformers import AutoTokenizer
         backend = AutoTokenizer.from_pretrained(name, local_files_only=local,
                                                 trust_remote_code=trust_remote_code)
-    except Exception as error:         # many libraries' own: broken files, offline, no such name
-        raise SystemExit(f"--tokenizer {name}: cannot be read, from a folder or online "
-                         f"({one_line(error)})")
-    tokenizer = HFTokenizer(backend, settings)
-    tokenizer.also_stops = stops_of(folder / "generation_config.json")
-    return tokenizer
+        tokenizer = HFTokenizer(backend, settings)
+        tokenizer.also_stops = stops_of(folder / "generation_config.json")
+        return tokenizer
 
 
 def stops_of(file):
     """eos_token_id of a generation_config.json: a number, a list, or nothing."""
     if not file.is_file():
         return []
-    found = json.loads(file.read_text()).get("eos_token_id")
+    found = read_json(file, file.parent).get("eos_token_id")
     if found is None:
         return []
-    return found if isinstance(found, list) else [found]
+    stops = found if isinstance(found, list) else [found]
+    if not all(type(stop) is int for stop in stops):
+        raise ValueError(f"generation_config.json: eos_token_id is {found!r:.60}")
+    return stops
 
 
 def chat_settings(config):
@@ -217,8 +219,10 @@ def chat_settings(config):
 
 
 def _our_encoding(folder):
-    saved = json.loads((folder / "tiktoken.json").read_text())
+    saved = read_json(folder / "tiktoken.json", f"--tokenizer {folder}")
     tokens = [base64.b64decode(token) for token in saved["mergeable_ranks"]]
+    if not {bytes([i]) for i in range(256)} <= set(tokens):
+        raise ValueError("mergeable_ranks lack a byte")
     return tiktoken.Encoding(saved["name"], pat_str=saved["pat_str"],
                              special_tokens=saved["special_tokens"],
                              mergeable_ranks={token: rank for rank, token in enumerate(tokens)})

@@ -121,7 +121,7 @@ def test_half_a_config_is_named_and_a_half_one_beside_it_is_not_read(lab, out, w
     config = (out / "config.json").read_text()
     (out / "config.json").write_text(config[:100])
     line = start(words_for(lab, out, "--resume"))
-    assert "config.json is broken" in line and "--overwrite" in line and "\n" not in line
+    assert "config.json: cannot be read" in line and "--overwrite" in line and "\n" not in line
     (out / "config.json").write_text(config)
     (out / "config.json.tmp").write_text(config[:100])       # what a killed run would leave
     goes_on(lab, out, whole)

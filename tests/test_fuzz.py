@@ -119,7 +119,8 @@ def files(draw, formats):
 BAD_LOSS = ["nope", "", "dpo + kto", "0*dpo", "1e9*dpo", "-1*dpo", "+", "dpo+", "__class__"]
 LOSS = [*recipes.LOSSES, *recipes.RECIPES, "dpo + 0.1*sft", "kto + 0.5*bco"]
 WRONG = ["", "x", "-1", "0", "nan", "inf", "1e999", "1.5", "\x00", "\u00e9", "None", "1e-320",
-         "99999999999999999999", "/", ".", "true", "1,2", "NUL\n", "-", "--", "0x10", "1_0"]
+         "99999999999999999999", "/", ".", "true", "1,2", "NUL\n", "-", "--", "0x10", "1_0",
+         "1e39", "1e400", "x" * 300, "/dev/zero"]
 VALUES = {                                                   # what would train for hours is absent
     "batch_size": ["1", "2", "5", "1000"], "micro_batch_size": ["0", "1", "3"],
     "lr": ["1e-3", "1e30", "1e-30"], "warmup": ["0", "1000"], "weight_decay": ["0.1", "1e9"],

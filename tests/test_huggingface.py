@@ -34,7 +34,12 @@ SLOW = {
     "granite": SMALL | dict(logits_scaling=7.0), "phi": SMALL,
     "opt": SMALL | dict(ffn_dim=64, word_embed_proj_dim=16),
 }
-MODELS = FAST | SLOW
+CORNERS = {
+    "mamba": dict(vocab_size=64, hidden_size=32, state_size=4, num_hidden_layers=2),
+    "gpt_neo": dict(vocab_size=64, hidden_size=32, num_layers=2, num_heads=2, window_size=4,
+                    attention_types=[[["global", "local"], 1]], max_position_embeddings=16),
+}
+MODELS = FAST | SLOW | CORNERS
 PADDED = ("bloom", "opt")  # no position_ids at all; sequences see each other in spite of them
 PROMPTS = [[3, 4, 5], [7], [9, 8, 7, 6, 5, 4]]
 
@@ -111,6 +116,21 @@ def test_every_architecture_gives_what_separate_forwards_give(folder, kind):
     with torch.no_grad():
         wanted = naive_generate(policy, PROMPTS, eot=5, max_new_tokens=6, temperature=2.0)
         assert policy.generate(PROMPTS, eot=5, max_new_tokens=6, temperature=2.0) == wanted
+
+
+def test_architectures_that_ended_in_a_traceback_train(folder, tmp_path):
+    """An adapter on Mamba; experts in float64; a flat row longer than GPT-Neo's own mask of 16."""
+    adapted = load_policy(folder("mamba"), lora=2)
+    train_a_little(adapted)
+    adapted.save(tmp_path / "adapter", adapter=True)
+    close(logits_of(load_policy(tmp_path / "adapter")), logits_of(adapted), 1e-4)
+    experts = load_policy(folder("mixtral"), dtype=torch.float64)
+    close(logits_of(experts), alone(experts.lm), 1e-10)
+    neo = load_policy(folder("gpt_neo"))
+    rows = torch.arange(24) % 12
+    with torch.no_grad():
+        one = neo(rows[:12], rows[:12], [12])
+        close(neo(rows, rows, [12, 12]), torch.cat([one, one]), 1e-4)
 
 
 def test_the_head_in_parts_has_the_gradient_of_the_whole_in_flat_and_in_padded_rows(monkeypatch):
@@ -258,7 +278,7 @@ def test_the_folders_generation_config_changes_no_sample_and_is_saved_as_it_was(
 def spoiled(source, place, change=lambda tensors: None):
     """The model in `source`, in one file, its tensors changed."""
     tensors = {}
-    for file in huggingface.weight_files(source):
+    for file in huggingface.tensors_of(source, ""):
         tensors |= load_file(file)
     change(tensors)
     place.mkdir()

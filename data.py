@@ -128,14 +128,12 @@ def encode(examples, tokenizer, *, max_len=1024, max_prompt_len=512, add_eot=Tru
     check(max_len, max_prompt_len, turns)
     units = []
     counts = Counter(read=0, desirable=0, undesirable=0)
-    for example in tokenizer.read_ahead(examples):
+    for example, spelled in chat.spell_all(examples, answers_of, tokenizer, turns=turns,
+                                           add_eot=add_eot):
         counts["read"] += 1
-        sides = sides_of(example)
-        try:
-            prompt, responses = chat.spell(example, [side.answer for side in sides], tokenizer,
-                                           turns=turns, add_eot=add_eot)
-        except ValueError as why:
-            raise SystemExit(f"{example.where}: {why}")
+        if isinstance(spelled, ValueError):
+            raise SystemExit(f"{example.where}: {spelled}")
+        prompt, responses = spelled
         if not responses:
             counts["dropped: empty response"] += 1
             continue
@@ -144,7 +142,7 @@ def encode(examples, tokenizer, *, max_len=1024, max_prompt_len=512, add_eot=Tru
         prompt = frozen(cut_left(prompt, room, tokenizer.bos))    # one for all sides
         room = max_len - len(prompt)
         unit = []
-        for side, (ids, weights) in zip(sides, responses):
+        for side, (ids, weights) in zip(sides_of(example), responses):
             counts["response cut from the right"] += len(ids) > room
             unit.append(make_row(prompt, ids[:room], trained=weights[:room], where=example.where,
                                  train_prompt=train_prompt, desirable=side.desirable,
@@ -186,6 +184,10 @@ def sides_of(example):
     if example.target and final_text(example.target).strip():
         sides.append(Side(example.target, True))
     return sides
+
+
+def answers_of(example):
+    return [side.answer for side in sides_of(example)]
 
 
 def cut_left(ids, room, bos):

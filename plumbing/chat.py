@@ -17,9 +17,13 @@ the template, and becomes the tokens of plain text:
 """
 
 import json
+import os
 import re
+import sys
 from collections import Counter
 from functools import cached_property
+from itertools import chain, islice
+from multiprocessing import get_context
 from typing import NamedTuple
 
 from plumbing.reading import one_line
@@ -34,6 +38,48 @@ PLAIN_TEMPLATE = (
     "{% if m.tool_calls %}{{ '\n' if m.content }}{{ m.tool_calls | tojson }}{% endif %}"
     "{{ eos_token if m.role == 'assistant' }}\n\n{% endfor %}"
     "{{ 'Assistant:\n' if add_generation_prompt }}")
+
+
+# --- many examples --------------------------------------------------------------------------------
+
+AT_ONCE = 4096                            # examples that the cores share
+
+
+def spell_all(examples, answers_of, tokenizer, **how):
+    """(example, what `spell` says of it or its ValueError) of each. how: of `spell`.
+
+    Templates are slow: many conversations are shared out over the cores of this machine.
+    """
+    job = (answers_of, tokenizer, how)
+    examples = iter(examples)
+    some = list(islice(examples, AT_ONCE))
+    cores = (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    chats = any(not isinstance(as_chat(example.prompt, tokenizer), str) for example in some)
+    if len(some) < AT_ONCE or not chats or cores < 2 or sys.platform != "linux":
+        for example in tokenizer.read_ahead(chain(some, examples)):
+            yield example, spell_one(example, job)
+        return
+    with get_context("fork").Pool(cores, begin, job) as pool:
+        while some:
+            yield from zip(some, pool.map(spell_one, some, chunksize=64))
+            some = list(islice(examples, AT_ONCE))
+
+
+at_work = None                            # in a process of the pool: its job
+
+
+def begin(*job):
+    global at_work
+    at_work = job
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"         # threads do not survive a fork
+
+
+def spell_one(example, job=None):
+    answers_of, tokenizer, how = job or at_work
+    try:
+        return spell(example, answers_of(example), tokenizer, **how)
+    except ValueError as why:
+        return why
 
 
 # --- an example -----------------------------------------------------------------------------------

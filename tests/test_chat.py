@@ -292,3 +292,25 @@ def test_texts_with_a_chat_model_are_noticed_and_chat_makes_turns_of_them(tmp_pa
         run(*words, "--template_args", "thinking")
     with pytest.raises(SystemExit, match="--chat: needs a --model"):
         run("--data", data, "--chat")
+
+
+def test_conversations_shared_out_over_cores_are_the_same_rows(tokenizers, monkeypatch):
+    """Also the complaint about a bad one, in whichever process it is found."""
+    tokenizer = tokenizers["qwen2"]
+    talks = [Feedback((Turn("user", f"Why {i}?"),), f"No {i}.", i % 2 == 0, where=f"row {i}")
+             for i in range(50)]
+    alone, counts = encode(talks, tokenizer)
+    monkeypatch.setattr(chat, "AT_ONCE", 16)
+    monkeypatch.setattr(chat.os, "cpu_count", lambda: 2)
+    here = []
+    spell = chat.spell
+    monkeypatch.setattr(chat, "spell", lambda *a, **k: here.append(1) or spell(*a, **k))
+    shared, shared_counts = encode(talks, tokenizer)
+    assert not here                                              # all of it elsewhere
+    assert shared_counts == counts and len(shared) == 50
+    for (a,), (b,) in zip(alone, shared):
+        assert a.ids.tolist() == b.ids.tolist() and a.mask.tolist() == b.mask.tolist()
+        assert (a.where, a.desirable) == (b.where, b.desirable)
+    bad = Feedback("Why?", (Turn("assistant", "No."),), True, where="row 40")
+    with pytest.raises(SystemExit, match="^row 40: a response of several messages"):
+        encode([*talks[:40], bad, *talks[40:]], tokenizer)

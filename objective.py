@@ -84,10 +84,8 @@ def log_prob(part, row):
 
 
 @measured("ref_chosen_logps", "ref_rejected_logps", needs=["reference"])
-@measured("old_chosen_logps", "old_rejected_logps", needs=["reference"])
 def ref_log_prob(part, row):
-    """log pi_ref(y|x), never with a gradient. Of a file it stands for the responses' author.   (b,)
-    """
+    """log pi_ref(y|x), never with a gradient.   (b,)"""
     return part.ref_logps[:, row]
 
 

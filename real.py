@@ -128,14 +128,15 @@ def train(out, base, rows, args, more):
              "--seed", args.seed, *TRAINING, *more, "--out", run]
     words = [str(word) for word in words]
     asked = run.with_name(run.name + ".words")
-    if asked.is_file() and asked.read_text().split("\n") != words:
+    begun = (run / "config.json").is_file()
+    if begun and asked.is_file() and asked.read_text().split("\n") != words:
         raise SystemExit(f"{run}: trained with other flags, see {asked}; remove both, or give "
                          "another --out")
     asked.write_text("\n".join(words))
     if (run / "model" / "README.md").is_file():          # the last that a run writes
         print(f"{run}: made before", flush=True)
         return run
-    if (run / "config.json").is_file():
+    if begun:
         words.append("--resume")
     print("python train.py", " ".join(words), flush=True)
     done = subprocess.run([sys.executable, str(Path(__file__).with_name("train.py")), *words])

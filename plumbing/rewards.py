@@ -162,7 +162,7 @@ def load_reward(spec, tokenizer=None, *, device="cpu", flag="reward"):
 def world_reward(prompts, responses):
     for prompt in prompts:
         if not isinstance(prompt, str) or world.parse_prompt(prompt) is None:
-            raise SystemExit("the reward world knows the help desk's questions only, "
+            raise SystemExit("--reward world: it knows the help desk's questions only, "
                              f"not {str(prompt)[:60]!r}")
     return [world.utility(prompt, response) for prompt, response in zip(prompts, responses)]
 
@@ -173,7 +173,9 @@ def python_reward(file, name, said):
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module                          # its dataclasses look there
     spec.loader.exec_module(module)
-    function = getattr(module, name)
+    function = getattr(module, name, None)
+    if not callable(function):
+        raise SystemExit(f"{said}: {file} has no function {name}")
 
     def reward(prompts, responses):
         return finite_numbers(function(prompts, responses), len(responses), said)
@@ -181,7 +183,10 @@ def python_reward(file, name, said):
 
 
 def finite_numbers(scores, n, said):
-    numbers = [float(score) for score in scores]
+    try:
+        numbers = [float(score) for score in scores]
+    except (TypeError, ValueError):                          # None, texts, one number for all
+        raise SystemExit(f"{said}: gave {str(scores)[:80]}; expected a list of {n} numbers")
     if len(numbers) != n or not all(math.isfinite(number) for number in numbers):
         raise SystemExit(f"{said}: gave {str(numbers)[:80]} for {n} responses; expected a finite "
                          "number for each")

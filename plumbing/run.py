@@ -84,7 +84,9 @@ class Run:
             self.n_units //= self.stages
         if not self.n_units:
             raise SystemExit(f"--stages {self.stages}: there are only {len(self.units)} pairs")
-        config.batch_size = min(config.batch_size, self.n_units)
+        if config.batch_size > self.n_units:
+            config.batch_size = self.n_units
+            self.origin["batch_size"] = "all there are"
         steps = math.ceil(config.epochs * data.steps_per_epoch(self.n_units, config.batch_size))
         config.steps = config.steps or max(1, steps)
 

@@ -266,6 +266,8 @@ def test_real_runs_and_the_second_time_everything_is_there(loss, packages, pinne
         (tmp_path / "fetched").mkdir(exist_ok=True)
         shutil.copy(packages / name, tmp_path / "fetched")
     words = ["--loss", loss, "--out", str(tmp_path), "--results", str(tmp_path / "results"), *SMALL]
+    with pytest.raises(SystemExit, match="betta"):       # and the right flag is still welcome
+        real.main([*words, "--betta", "0.3"])
     real.main(words)
     found = json.loads((tmp_path / "results" / "eval.json").read_text())
     assert found["n"] == 8
@@ -279,7 +281,7 @@ def test_real_runs_and_the_second_time_everything_is_there(loss, packages, pinne
 
     monkeypatch.setattr(real, "answer", None)            # would now fail
     real.main(words)
-    assert len(trained) == 1
+    assert len(trained) == 2                             # with the wrong flag, and once more
     assert "made before" in capsys.readouterr().out
     with pytest.raises(SystemExit, match="trained with other flags"):
         real.main([*words, "--beta", "0.3"])

@@ -24,9 +24,12 @@ ABOUT_THE_MACHINE = {"origin", "processes", "versions", "commit"}
 def check(config):
     """An existing run is never overwritten unasked; what is not a run's is never deleted."""
     out = Path(config.out)
-    is_run = (out / "config.json").is_file()
     if out.exists() and not out.is_dir():
         raise SystemExit(f"--out {out}: is a file; expected a folder")
+    there = set()                                            # one look: another run may begin now
+    if out.is_dir():
+        there = {path.name for path in out.iterdir()}
+    is_run = "config.json" in there and (out / "config.json").is_file()
     if config.resume and not is_run:
         raise SystemExit(f"--resume: {out} holds no run (no config.json); start without --resume")
     if config.resume:
@@ -37,9 +40,9 @@ def check(config):
         raise SystemExit(f"--out {out}: a run is there already; --resume continues it, "
                          "--overwrite replaces it, or choose another --out")
     begun = {"lock"}
-    if (out / "lock").exists():                              # a run was killed as it began
+    if "lock" in there:                                      # a run was killed as it began
         begun |= {"metrics.jsonl", "metrics.jsonl.tmp", "config.json.tmp"}
-    if not is_run and any(path.name not in begun for path in out.iterdir()):
+    if not is_run and there - begun:
         raise SystemExit(f"--out {out}: holds files that are not a run's; choose another folder")
 
 

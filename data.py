@@ -35,8 +35,8 @@ from plumbing.formats import Feedback, final_text
 @dataclass(frozen=True, slots=True)
 class Row:
     """One sequence: prompt ++ response. Its arrays cannot be written to: rows share them."""
-    prompt: np.ndarray                  # (P,) int32
-    response: np.ndarray                # (T - P,) int32
+    prompt: np.ndarray                  # (P,) token ids, 16 bits each where that is enough
+    response: np.ndarray                # (T - P,) the same
     mask: np.ndarray                    # (T,) float32, > 0 on the tokens that count
     desirable: bool | None = True       # None: a prompt alone
     where: str = ""                     # file and row, for messages
@@ -46,7 +46,7 @@ class Row:
 
     @property
     def ids(self):
-        """(T,) int32"""
+        """(T,) token ids"""
         return np.concatenate((self.prompt, self.response))
 
     @property
@@ -56,7 +56,7 @@ class Row:
     @property
     def prompt_key(self):
         """What the model sees of the prompt: prompts cut to the same tokens are the same."""
-        return self.prompt.tobytes()
+        return self.prompt.astype(np.int32).tobytes()
 
     @property
     def length(self):
@@ -81,10 +81,15 @@ def make_row(prompt, response, *, desirable=True, where="", train_prompt=False, 
 
 
 def frozen(ids):
-    """Token ids as an array that cannot be written to; such an array is not copied."""
-    if isinstance(ids, np.ndarray) and ids.dtype == np.int32 and not ids.flags.writeable:
+    """Token ids as an array that cannot be written to; such an array is not copied.
+
+    A million rows should fit into memory: ids below 65,536 take 2 bytes each, others 4.
+    """
+    if isinstance(ids, np.ndarray) and not ids.flags.writeable:
         return ids
     ids = np.array(ids, dtype=np.int32)
+    if ids.max(initial=0) < 2**16:
+        ids = ids.astype(np.uint16)
     ids.setflags(write=False)
     return ids
 

@@ -37,6 +37,7 @@ import rollouts
 from objective import Preferences, Reference, is_paired, needs, signature
 from plumbing import parallel, rewards, rundir
 from plumbing.reading import read_json
+from rollouts import as_rows, prompts_of
 
 
 # --- which tokens, and of which rows ------------------------------------------------------------
@@ -152,16 +153,6 @@ def own_answers(run, policy, units, seed, desirable=None):
     written = rollouts.answers(policy, prompts_of(units), run.tokenizer, seed=seed,
                                max_len=run.config.max_len)
     return as_rows(units, written, desirable)
-
-
-def prompts_of(units):
-    return [unit[0].prompt.tolist() for unit in units]
-
-
-def as_rows(units, responses, desirable):
-    """A row of each unit's prompt and the response written to it."""
-    return [data.make_row(prompt, response, desirable=desirable, where=unit[0].where)
-            for unit, prompt, response in zip(units, prompts_of(units), responses)]
 
 
 def with_own_answers(run):
@@ -492,6 +483,25 @@ RECIPES = {
     "humanline_dpo": Recipe(
         DPO, reference=following, objective=humanline, flags=HUMANLINE, like="dpo",
         paper=HUMANLINE_PAPER, idea=HUMANLINE_IDEA),
+}
+
+FLAGS = {                                                # what --help says of a recipe's own flags
+    "z0": "estimate, zero, on_policy, or a number of nats",
+    "ld_alpha": "weight of the tokens beyond the shorter response's length",
+    "ref_mix": "share of the policy in the next reference",
+    "ref_every": "steps from one move of the reference to the next",
+    "log_eps_p": "a token's log-ratio is at least this",
+    "log_eps_r": "a token's log-ratio is at most this",
+    "stages": "times --steps; each stage starts from the last one's policy",
+    "slic_target": "what is imitated: sample (of the reference), chosen, data (column target)",
+    "reward": "the judge: a reward model's folder, file.py:function; on the world `world`",
+    "group": "responses to each prompt",
+    "kl_coef": "price of a nat of KL, in points of reward",
+    "gamma": "what a point is worth one token later",
+    "lam": "lambda of generalised advantage estimation",
+    "ppo_epochs": "passes over the responses of a step",
+    "minibatches": "updates in a pass",
+    "target_kl": "no further pass once the policy has moved so many nats per token; 0: never",
 }
 
 # PPO's kin: no critic. Those whose curve knows pi_old may take several steps on the same responses.

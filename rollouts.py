@@ -42,6 +42,16 @@ def answers(policy, prompts, tokenizer, *, max_len, seed):
     return [[token - 1 for token in row if token] for row in parallel.total(table).tolist()]
 
 
+def prompts_of(units):
+    return [unit[0].prompt.tolist() for unit in units]
+
+
+def as_rows(units, responses, desirable=True):
+    """A row of each unit's prompt and the response written to it."""
+    return [data.make_row(prompt, response, desirable=desirable, where=unit[0].where)
+            for unit, prompt, response in zip(units, prompts_of(units), responses)]
+
+
 class Author:
     """Who writes and judges at every step: the policy, and `reward` (plumbing/rewards.py)."""
 
@@ -53,10 +63,10 @@ class Author:
 
     def write(self, policy, units, seed):
         """G rows for each unit's prompt, next to each other; equal on every process."""
-        prompts = [unit[0].prompt.tolist() for unit in units for _ in range(self.group)]
-        written = answers(policy, prompts, self.tokenizer, max_len=self.config.max_len, seed=seed)
-        places = [unit[0].where for unit in units for _ in range(self.group)]
-        return [data.make_row(*row, where=where) for *row, where in zip(prompts, written, places)]
+        units = [unit for unit in units for _ in range(self.group)]
+        written = answers(policy, prompts_of(units), self.tokenizer, seed=seed,
+                          max_len=self.config.max_len)
+        return as_rows(units, written)
 
     def judge(self, rows):
         """Their rewards; every process asks for its share.   (B,)"""

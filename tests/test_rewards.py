@@ -100,7 +100,8 @@ def test_a_reward_that_is_none_is_one_line_that_names_the_flag(tmp_path):
         [world.utility(question, "Happy to help.")]
     toy(dtype=torch.float32).save(tmp_path / "policy", eot=256)
     for spec in (f"{file}:short", f"{file}:nan", f"{file}:infinite", f"{tmp_path}/no.py:f",
-                 f"{file}:nothing", f"{file}:texts", f"{file}:goood", "wrold", "world", f"{tmp_path}/policy", str(tmp_path)):
+                  f"{file}:nothing", f"{file}:texts", f"{file}:goood", "wrold", "world",
+                  f"{tmp_path}/policy", str(tmp_path)):
         with pytest.raises(SystemExit) as stopped:       # world: these are no questions of its own
             rewards.load_reward(spec)(prompts, responses)
         line = stopped.value.code

@@ -1,0 +1,155 @@
+"""What the notebooks share: one style, a few marks, tables, a pair of responses as a point.
+
+A notebook says what is computed and why; how it is drawn stands here. `ax` is the panel to
+draw on. `points` are places on a plane, (..., 2), x first; a square of them is (n, n, 2).
+"""
+
+import matplotlib.pyplot as plt
+import torch
+
+import data
+import objective
+from plumbing.claim_plots import BLACK, BLUE, GREEN, ORANGE, PINK, SKY, YELLOW, frontier
+from plumbing.plots import GREY
+
+DARK = "#444444"                                         # arrows
+PAGE = 95                                                # columns: what is longer is cut off
+
+
+def use_style():
+    """The look of every picture of a notebook."""
+    plt.rcParams.update({
+        "figure.dpi": 90, "figure.constrained_layout.use": True, "font.size": 10,
+        "axes.grid": True, "grid.alpha": 0.25, "axes.titlesize": 11, "lines.linewidth": 2,
+        "legend.frameon": False, "legend.fontsize": 9})
+
+
+# --- tables ----------------------------------------------------------------------------------
+
+def print_table(columns):
+    """Print columns side by side, words to the left and numbers to the right.
+
+    columns: {"answer": names, "policy": (numbers, ".3f"), ...}; numbers come with a format.
+    """
+    blocks = []
+    for title, values in columns.items():
+        align, form = "<", ""
+        if isinstance(values, tuple):
+            align = ">"
+            values, form = values
+        cells = [title, *(format(value, form) for value in values)]
+        width = max(map(len, cells))
+        blocks.append([f"{cell:{align}{width}}" for cell in cells])
+    for line in zip(*blocks, strict=True):
+        print("  ".join(line).rstrip())
+
+
+# --- lines -----------------------------------------------------------------------------------
+
+def dotted(ax, x=None, y=None):
+    """Thin dotted lines through x, from below to above, and through y, from left to right."""
+    if x is not None:
+        ax.axvline(x, color=GREY, lw=1, ls=":")
+    if y is not None:
+        ax.axhline(y, color=GREY, lw=1, ls=":")
+
+
+def named_curve(ax, name, x, y, at, **style):
+    """A line with its name: on it at abscissa `at`, or at a point `at` = (x, y) beside it."""
+    line, = ax.plot(x, y, **style)
+    if not isinstance(at, tuple):
+        at = (at, y[(x - at).abs().argmin()])
+    ax.text(*at, name, color=line.get_color(), fontsize=9, ha="center", va="center", zorder=3,
+            bbox={"fc": "white", "ec": "none", "pad": 1})
+
+
+def band(ax, x, middle, half, color, **style):
+    """A line with a shaded band of half a width on either side: a mean and its deviation."""
+    ax.plot(x, middle, color=color, **style)
+    ax.fill_between(x, middle - half, middle + half, color=color, alpha=0.18, lw=0)
+
+
+# --- planes ----------------------------------------------------------------------------------
+
+def square(corner, size, n, margin=0.0):
+    """n x n points of the square that begins at `corner`.   (n, n, 2)
+
+    margin: how far inside the edge they stay, as a share of the size.
+    """
+    side = torch.linspace(margin, 1 - margin, n) * size
+    x, y = torch.meshgrid(side, side, indexing="xy")
+    return torch.stack([corner[0] + x, corner[1] + y], -1)
+
+
+def downhill(f, points):
+    """Minus the gradient of f, a function of points (..., 2) with heights (...).   (..., 2)"""
+    points = points.clone().requires_grad_()
+    return -torch.autograd.grad(f(points).sum(), points)[0]
+
+
+def shades(ax, points, heights, levels=None):
+    """Fill a square, dark where it is high. Without levels each shade covers a tenth of it."""
+    if levels is None:
+        levels = heights.flatten().quantile(torch.linspace(0, 1, 11)).unique()
+    colours = plt.get_cmap("Blues")(torch.linspace(0.04, 0.75, len(levels) - 1))
+    ax.grid(False)
+    return ax.contourf(points[..., 0], points[..., 1], heights, levels=levels, colors=colours)
+
+
+def arrows(ax, points, vectors, per_unit, width=0.004):
+    """Arrows that begin at `points`; a vector of length per_unit is drawn one unit long."""
+    ax.quiver(points[..., 0], points[..., 1], vectors[..., 0], vectors[..., 1], color=DARK,
+              width=width, scale=per_unit, scale_units="xy", angles="xy")
+
+
+def way(ax, points, color, name=None, ls="-"):
+    """A walk over the plane, (steps, 2): a square where it begins, a dot where it ends."""
+    ax.plot(points[:, 0], points[:, 1], color=color, ls=ls, lw=2.5, label=name)
+    ax.plot(points[0, 0], points[0, 1], "s", ms=7, color=color, mec="white")
+    ax.plot(points[-1, 0], points[-1, 1], "o", ms=6, color=color, mec="white")
+
+
+def few_ticks(ax):
+    """At most four round numbers on each axis: for small panels."""
+    for axis in (ax.xaxis, ax.yaxis):
+        axis.set_major_locator(plt.MaxNLocator(4, steps=[1, 2, 5, 10], prune="both"))
+
+
+# --- a pair of responses as a point of a plane -----------------------------------------------
+
+LENGTHS = torch.tensor([20.0, 30.0], dtype=torch.float64)            # tokens: chosen, rejected
+REF_LOGPS = torch.tensor([-30.0, -45.0], dtype=torch.float64)        # 1.5 nats per token, both
+
+
+def told(c, r):
+    """What losses hear of one pair at the log-ratios c and r.   (B,), (B,) -> objective.Part
+
+    What is not drawn stays as it is here: lengths, the reference's log-probs, a score gap of 8,
+    chances to win of 0.8 and 0.3, KLs of 2 and 12 nats (tdpo), weights 0.8 and 0.5 (wpo), mean
+    margins of 2 and 4 nats (beta_dpo), a reward shift of 0.2 (bco_pair). A third response
+    (slic) is the chosen one again.
+    """
+    tokens = [[1] * int(n) for n in LENGTHS]
+    chosen = data.make_row([0], tokens[0], desirable=True, score=8.0, win_prob=0.8)
+    rejected = data.make_row([0], tokens[1], desirable=False, score=0.0, win_prob=0.3)
+    ref_logps = REF_LOGPS[[0, 1, 0]].expand(len(c), 3)
+    sums = {objective.position_kl: torch.tensor([[2.0, 12.0]]),
+            objective.position_confidence: LENGTHS * torch.tensor([[0.8, 0.5]]).log()}
+    known = {"reward_shift": torch.tensor(0.2), "margin_mean": torch.tensor(2.0),
+             "batch_margin_mean": torch.tensor(4.0)}
+    return objective.Part([(chosen, rejected)] * len(c), ref_logps + torch.stack([c, r, c], 1),
+                          ref_logps, sums, known)
+
+
+def pair_loss(loss, c, r, **settings):
+    """Any loss of dpo_variants.LOSSES at the log-ratios c and r.   (B,)"""
+    part = told(c, r)
+    return loss(*(part[name] for name in objective.signature(loss)[0]), **settings)
+
+
+def pair_slopes(loss, c, r, **settings):
+    """d loss / dc and d loss / dr.   (B,), (B,)"""
+    c = c.clone().requires_grad_()
+    r = r.clone().requires_grad_()
+    total = pair_loss(loss, c, r, **settings).sum()
+    return torch.autograd.grad(total, (c, r), materialize_grads=True)

@@ -13,7 +13,6 @@ from plumbing.claim_plots import BLACK, BLUE, GREEN, ORANGE, PINK, SKY, YELLOW, 
 from plumbing.plots import GREY
 
 DARK = "#444444"                                         # arrows
-PAGE = 95                                                # columns: what is longer is cut off
 
 
 def use_style():
@@ -67,6 +66,12 @@ def band(ax, x, middle, half, color, **style):
     """A line with a shaded band of half a width on either side: a mean and its deviation."""
     ax.plot(x, middle, color=color, **style)
     ax.fill_between(x, middle - half, middle + half, color=color, alpha=0.18, lw=0)
+
+
+def slope(loss, r, *measured, **settings):
+    """d loss / d r of each example, by autograd.   (B,)"""
+    r = r.clone().requires_grad_()
+    return torch.autograd.grad(loss(r, *measured, **settings).sum(), r)[0]
 
 
 # --- planes ----------------------------------------------------------------------------------
@@ -124,9 +129,9 @@ REF_LOGPS = torch.tensor([-30.0, -45.0], dtype=torch.float64)        # 1.5 nats 
 def told(c, r):
     """What losses hear of one pair at the log-ratios c and r.   (B,), (B,) -> objective.Part
 
-    What is not drawn stays as it is here: lengths, the reference's log-probs, a score gap of 8,
-    chances to win of 0.8 and 0.3, KLs of 2 and 12 nats (tdpo), weights 0.8 and 0.5 (wpo), mean
-    margins of 2 and 4 nats (beta_dpo), a reward shift of 0.2 (bco_pair). A third response
+    What is not drawn stays as it is here: lengths, the reference's log-probs, a score gap of
+    8, chances to win of 0.8 and 0.3, KLs of 2 and 12 nats (tdpo), weights 0.8 and 0.5 (wpo),
+    mean margins of 2 and 4 nats (beta_dpo), a reward shift of 0.2 (bco_pair). A third response
     (slic) is the chosen one again.
     """
     tokens = [[1] * int(n) for n in LENGTHS]

@@ -1,7 +1,7 @@
-"""The notebooks run, they still say what they said, and their pictures are in the file.
+"""The notebooks run, they still say what they said, and they fit the page.
 
-`python tests/test_notebooks.py [03 ...]` runs them, or those whose names contain a word, and stores
-the new outputs in place: do that after changing a notebook or what it calls.
+`python tests/test_notebooks.py 03` runs notebook 03 (those whose names begin so; without an
+argument all) and stores the new outputs in place: do that after changing it or what it calls.
 """
 
 import base64
@@ -18,7 +18,8 @@ nbclient = pytest.importorskip("nbclient")
 pytest.importorskip("ipykernel")
 pytest.importorskip("matplotlib")
 
-NOTEBOOKS = sorted((Path(__file__).parents[1] / "notebooks").glob("*.ipynb"))
+ROOT = Path(__file__).parents[1]
+NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 NUMBER = re.compile(r"[-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?")
 
 
@@ -87,6 +88,65 @@ def test_there_are_notebooks():
     assert NOTEBOOKS
 
 
+# --- the page: without running anything -----------------------------------------------------------
+
+PAGE = 95                                # columns; GitHub shows these without a scroll bar
+each = pytest.mark.parametrize("path", NOTEBOOKS, ids=[path.stem for path in NOTEBOOKS])
+
+
+def too_long(where, text):
+    return [f"{where}: {line}" for line in text.splitlines() if len(line) > PAGE]
+
+
+@each
+def test_code_and_what_it_prints_fit_the_page(path):
+    found = []
+    stored = nbformat.read(path, as_version=4)
+    for cell in stored.cells:
+        if cell.cell_type == "code":
+            found += too_long(cell.id, cell.source)
+            lines = len(cell.source.splitlines())
+            if lines > 25:
+                found.append(f"{cell.id}: {lines} lines, 25 fit a screen")
+    for cell, text in printed(stored).items():
+        found += too_long(f"{cell} prints", text)
+    assert not found, "\n" + "\n".join(found)
+
+
+@each
+def test_a_notebook_begins_with_its_question(path):
+    """Its first cell is a title, the question in a paragraph of its own, and more."""
+    title, question, *_ = nbformat.read(path, as_version=4).cells[0].source.split("\n\n")
+    assert title.startswith("# ") and "\n" not in title
+    assert question.strip("* \n").endswith("?"), question
+
+
+@each
+def test_a_notebook_ends_with_three_exercises_whose_answers_are_folded(path):
+    cells = nbformat.read(path, as_version=4).cells
+    text = "\n".join(cell.source for cell in cells if cell.cell_type == "markdown")
+    *_, (number, title) = re.findall(r"^## (\d+\. )?(.*)$", text, re.M)
+    assert title == "Exercises"
+    exercises = text.split(f"## {number}{title}")[1]
+    for tag in ("<details>", "<summary>", "</details>"):
+        assert exercises.count(tag) == 3, tag
+
+
+@each
+def test_the_glossary_is_one_click_away(path):
+    assert "../docs/glossary.md" in nbformat.read(path, as_version=4).cells[0].source
+
+
+def test_the_helpers_fit_the_page_and_the_glossary_has_twenty_words():
+    helpers = ROOT / "notebooks" / "plots.py"
+    assert too_long("plots.py", helpers.read_text()) == []
+    glossary = (ROOT / "docs" / "glossary.md").read_text(encoding="utf-8")
+    assert len(re.findall(r"^\| ", glossary, re.M)) == 1 + 20
+
+
+# --- the run ----------------------------------------------------------------------------------------
+
+
 def test_a_notebook_runs_without_errors(run):
     _, fresh = run
     errors = [(cell, error.ename, error.evalue) for cell, error in outputs(fresh, "error")]
@@ -151,7 +211,7 @@ def refresh(path):
 
 
 if __name__ == "__main__":
-    words = sys.argv[1:] or [""]
+    names = tuple(sys.argv[1:]) or ("",)
     for path in NOTEBOOKS:
-        if any(word in path.stem for word in words):
+        if path.stem.startswith(names):
             refresh(path)

@@ -23,21 +23,33 @@ NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 NUMBER = re.compile(r"[-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?")
 
 
+def answers(notebook):
+    """The code in the folded answers, as cells."""
+    text = "\n".join(cell.source for cell in notebook.cells if cell.cell_type == "markdown")
+    return [nbformat.v4.new_code_cell(code, id=f"answer-{k}")
+            for k, code in enumerate(re.findall(r"^```python\n(.*?)^```", text, re.M | re.S), 1)]
+
+
 def execute(path):
-    """(stored, fresh): the notebook as committed, and a copy of it run anew in its own folder."""
+    """(stored, fresh, errors): the notebook as committed, a copy that was run anew in its own
+    folder, and what failed in it or in the answers to its exercises, which run after it.
+    """
     stored = nbformat.read(path, as_version=4)
     fresh = copy.deepcopy(stored)
     for cell in fresh.cells:
         if cell.cell_type == "code":
             cell.outputs = []
             cell.execution_count = None
+    fresh.cells += answers(stored)
     # allow_errors: every cell runs, so that the test can name the one that failed.
     client = nbclient.NotebookClient(
         fresh, timeout=300, kernel_name="python3", record_timing=False, coalesce_streams=True,
         allow_errors=True, resources={"metadata": {"path": str(path.parent)}})
     client.execute()
+    errors = [(cell, error.ename, error.evalue) for cell, error in outputs(fresh, "error")]
+    fresh.cells = fresh.cells[:len(stored.cells)]
     fresh.metadata["language_info"] = {"name": "python"}                 # without its version
-    return stored, fresh
+    return stored, fresh, errors
 
 
 def notebook(path):
@@ -148,8 +160,7 @@ def test_the_helpers_fit_the_page_and_the_glossary_has_twenty_words():
 
 
 def test_a_notebook_runs_without_errors(run):
-    _, fresh = run
-    errors = [(cell, error.ename, error.evalue) for cell, error in outputs(fresh, "error")]
+    *_, errors = run
     assert errors == []
 
 
@@ -164,13 +175,13 @@ def test_what_a_notebook_printed_is_what_it_prints(run):
 
 
 def test_pictures_are_committed_and_in_the_same_cells(run):
-    stored, fresh = run
+    stored, fresh, _ = run
     assert pictures(stored)
     assert pictures(stored) == pictures(fresh)
 
 
 def test_a_notebook_is_small_and_carries_no_times(run):
-    stored, _ = run
+    stored, *_ = run
     refresh = "run `python tests/test_notebooks.py`: it shrinks pictures, drops times and versions"
     assert len(nbformat.writes(stored)) < 600_000, refresh
     assert stored.metadata["language_info"] == {"name": "python"}, refresh
@@ -196,9 +207,9 @@ def shrink(png):
 
 
 def refresh(path):
-    _, fresh = execute(path)
-    for cell, error in outputs(fresh, "error"):
-        raise SystemExit(f"{path.name}, cell {cell}: {error.ename}: {error.evalue}; nothing stored")
+    _, fresh, errors = execute(path)
+    for cell, name, value in errors:
+        raise SystemExit(f"{path.name}, cell {cell}: {name}: {value}; nothing stored")
     for cell in fresh.cells:
         if "outputs" in cell:
             cell.outputs = [output for output in cell.outputs if output.get("name") != "stderr"]

@@ -132,7 +132,8 @@ def told(c, r):
     What is not drawn stays as it is here: lengths, the reference's log-probs, a score gap of
     8, chances to win of 0.8 and 0.3, KLs of 2 and 12 nats (tdpo), weights 0.8 and 0.5 (wpo),
     mean margins of 2 and 4 nats (beta_dpo), a reward shift of 0.2 (bco_pair). A third response
-    (slic) is the chosen one again.
+    (slic) is the chosen one again. A new name that speaks of a whole batch, or of positions,
+    gets its number here.
     """
     tokens = [[1] * int(n) for n in LENGTHS]
     chosen = data.make_row([0], tokens[0], desirable=True, score=8.0, win_prob=0.8)

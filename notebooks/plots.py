@@ -9,7 +9,7 @@ import torch
 
 import data
 import objective
-from plumbing.claim_plots import BLACK, BLUE, GREEN, ORANGE, PINK, SKY, YELLOW, frontier
+from plumbing.claim_plots import BLACK, BLUE, GREEN, ORANGE, PINK, SKY, frontier
 from plumbing.plots import GREY
 
 DARK = "#444444"                                         # arrows

@@ -4,6 +4,10 @@ A notebook says what is computed and why; how it is drawn stands here. `ax` is t
 draw on. `points` are places on a plane, (..., 2), x first; a square of them is (n, n, 2).
 """
 
+import re
+import textwrap
+from pathlib import Path
+
 import matplotlib.pyplot as plt
 import torch
 
@@ -41,6 +45,11 @@ def print_table(columns):
         blocks.append([f"{cell:{align}{width}}" for cell in cells])
     for line in zip(*blocks, strict=True):
         print("  ".join(line).rstrip())
+
+
+def print_wrapped(title, text, width=95):
+    """A title and a text; further lines begin below the first word of the text."""
+    print(textwrap.fill(title + text, width, subsequent_indent=" " * len(title)))
 
 
 # --- lines -----------------------------------------------------------------------------------
@@ -159,3 +168,45 @@ def pair_slopes(loss, c, r, **settings):
     r = r.clone().requires_grad_()
     total = pair_loss(loss, c, r, **settings).sum()
     return torch.autograd.grad(total, (c, r), materialize_grads=True)
+
+
+# --- the museum ------------------------------------------------------------------------------
+
+RIGHT = {"color": BLUE, "marker": "o", "ms": 4}
+WRONG = {"color": ORANGE, "marker": "s", "ms": 4, "ls": "--"}
+
+
+class Museum:
+    """Shows a bug, says which tests find it, and keeps the picture for the gallery.
+
+    draw(ax) draws an exhibit. A test is named by its function; a KeyError says that it is gone.
+    """
+
+    def __init__(self):
+        self.exhibits = []
+        self.file_of = {}                                    # test -> the file where it stands
+        for file in sorted((Path(data.__file__).parent / "tests").glob("test_*.py")):
+            for name in re.findall(r"^def (test_\w+)", file.read_text(), re.M):
+                self.file_of[name] = file.name
+
+    def show(self, draw, title, *tests):
+        self.exhibits.append((draw, title))
+        _, ax = plt.subplots(figsize=(8, 3.3))
+        draw(ax)
+        ax.set_title(title)
+        plt.show()
+        for name in tests:
+            print(f"found by tests/{self.file_of[name]}\n  {name}")
+        print()
+
+    def gallery(self, columns=3):
+        rows = -(-len(self.exhibits) // columns)             # rounded up
+        _, axes = plt.subplots(rows, columns, figsize=(4 * columns, 3.4 * rows))
+        for ax in axes.flat[len(self.exhibits):]:
+            ax.axis("off")
+        for (draw, title), ax in zip(self.exhibits, axes.flat):
+            draw(ax)
+            ax.set_title(title.replace(": ", ":\n"), fontsize=10)
+            ax.tick_params(labelsize=8)
+            ax.legend(fontsize=7, loc=ax.get_legend()._loc)
+        plt.show()

@@ -292,6 +292,14 @@ def test_epochs_and_seeds_are_reordered_and_nobody_can_change_the_order_for_the_
         data.epoch_order(5, 0, 0)[0] = 3
 
 
+def test_a_file_with_the_good_rows_first_gives_batches_of_both_labels():
+    """In the file's order a batch has one label, and z0 and the gradient swing with it."""
+    labels = [True] * 1000 + [False] * 1000
+    for step in range(125):
+        batch = [labels[i] for i in data.batch_rows(2000, 16, seed=0, step=step)]
+        assert 0 < sum(batch) < 16, step
+
+
 @given(st.lists(st.integers(2, 12), max_size=12), st.integers(1, 40))
 def test_token_batches_cover_every_item_within_the_budget_and_no_earlier_than_needed(sizes, budget):
     rows = [make_row([0], [1] * (size - 1)) for size in sizes]

@@ -179,7 +179,7 @@ WRONG = {"color": ORANGE, "marker": "s", "ms": 4, "ls": "--"}
 class Museum:
     """Shows a bug, says which tests find it, and keeps the picture for the gallery.
 
-    draw(ax) draws an exhibit. A test is named by its function; a KeyError says that it is gone.
+    draw(ax) draws an exhibit. A test is named by its function; a KeyError: it is gone.
     """
 
     def __init__(self):

@@ -78,8 +78,8 @@ class Config:
     chat: bool = flag(False, "a prompt that is a text is a user's turn of --model's chat template")
     template_args: tuple = flag((), "of --model's chat template: enable_thinking=false ...")
     lambda_ratio: float = flag(4 / 3, "what auto makes of lambda_d n_d / (lambda_u n_u)")
-    pretrain_steps: int = flag(500, "embedded world: steps of pretraining", least=0)
-    sft_steps: int = flag(400, "small GPT: steps of supervised fine-tuning before", least=0)
+    pretrain_steps: int = flag(300, "embedded world: steps of pretraining", least=0)
+    sft_steps: int = flag(200, "small GPT: steps of supervised fine-tuning before", least=0)
     flip: float = flag(0.0, "embedded world: share of labels that are flipped", least=0)
     judge: str = flag("", "of --data runs: who compares policy and reference at the end: a reward "
                       "model's folder or file.py:function", may_change=True)
@@ -105,7 +105,7 @@ NO_LIMIT = ("clip", "clip_value", "clamp")                   # inf switches thes
 WORDS = {"z0": ("estimate", "zero", "on_policy"), "lambda_d": ("auto",), "lambda_u": ("auto",),
          "slic_target": ("sample", "chosen", "data")}
 NUMBER_TOO = ("z0", "lambda_d", "lambda_u")                  # a number will do as well
-PRESETS = {"small GPT": {"lr": 5e-4, "sft_steps": 200},      # from random weights, it learns fast
+PRESETS = {"small GPT": {"lr": 5e-4},                        # from random weights, it learns fast
            "pairs": {"lr": 1e-6}}
 
 

@@ -216,7 +216,7 @@ class Files:
         return self.margins(policy, reference, (self.held_out_units or self.units)[:512])
 
     def report(self, policy, reference, seconds):
-        result = {"train": self.margins(policy, reference, self.units[:256])}
+        result = {"train": self.margins(policy, reference, self.units[:128])}
         if self.held_out_units:
             result["eval"] = self.margins(policy, reference, self.held_out_units)
         evaluate.report_files(result, policy, reference, self.tokenizer, self.prompts, self.config,

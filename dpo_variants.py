@@ -6,7 +6,7 @@
     4  each response against an anchor      dpop, dpo_shift, nca, bco_pair, apo_zero, apo_down
        a fixed target for each              sppo, sppo_hard, cal_dpo
     5  another distance from the reference  fdpo, chipo, tdpo1, tdpo2
-    6  pairs that do not count alike        odpo, wpo, beta_dpo
+    6  some pairs count more                odpo, wpo, beta_dpo
     7  length, and no reference at all      sigmoid_norm, slic, cpo, orpo, simpo, alphapo
     8  a batch as two distributions         aot, aot_unpaired
     9  the policy writes the pair itself    rebel, xpo
@@ -18,16 +18,16 @@ Notation. log is natural; every tensor is (B,), one entry per pair, unless said.
     h        c - r                                 the margin, all that DPO looks at
     nw, nl   chosen_len, rejected_len              tokens in those sums, int or float
     aw, al   lw / nw, ll / nl                      log-probs per token
-    eps      label_smoothing                       share of labels taken to be the wrong way round
+    eps      label_smoothing                       share of labels assumed to be flipped
     sg(.)    a constant: no gradient               sigma(t) = 1 / (1 + e^-t)
 Every loss returns one value per pair in input order (aot*: sorted); the batch loss is their mean.
-float64 in, float64 out. Data and reference never get a gradient. A hyper-parameter without meaning
-is a ValueError that names it.
+float64 in, float64 out. Data and reference never get a gradient. A hyper-parameter out of range
+raises a ValueError that names it.
 
-Sources. Equations were read in public code, the authors' where it exists, not in the papers: what
-rests on other texts says "secondary", what rests on memory "from memory". Titles are shortened.
+Sources. Equations were read in public code (the authors' where it exists), not in the papers.
+"secondary": from another text. "from memory": not looked up. Titles are shortened.
 Numerics. log sigma(t) is F.logsigmoid(t), because log(sigmoid(-800.)) is -inf. sigma(t) is
-exp(log sigma(t)), because sigmoid(100.) is exactly 1 and its gradient 0 where 4e-44 is right.
+exp(log sigma(t)), because sigmoid(100.) is exactly 1 and its gradient 0 instead of 4e-44.
 """
 
 import torch
@@ -41,7 +41,7 @@ def sft_loss(chosen_logps, chosen_len):
 
     Paper: Ouyang et al. 2022, Training language models to follow instructions, arXiv 2203.02155
     Idea: imitate the chosen response; the rejected one is not looked at.
-    Per example, for sums such as "dpo + 0.1*sft"; TRL's "sft" term is the mean over all TOKENS.
+    One mean per example, for sums such as "dpo + 0.1*sft". TRL's "sft" is a mean over all TOKENS.
     """
     return -chosen_logps / chosen_len
 
@@ -51,10 +51,10 @@ def dpo_loss(chosen_logratios, rejected_logratios, *, beta=0.1):
 
     Paper: Rafailov et al. 2023, Direct Preference Optimization, arXiv 2305.18290
     Idea: beta log(pi/pi_ref) IS a reward, so fitting a reward model trains the policy itself.
-    Gradient -beta sigma(-beta h) on c, the opposite on r. If labels follow Bradley-Terry with
-    utility u, the optimum is pi_ref e^(u/beta) / Z. A constant added to both c and r changes
-    nothing, so both responses may become less likely. SPIN, sDPO, LD-DPO and TR-DPO are this loss
-    with another reference or mask (recipes.py).
+    The slope in c is -beta sigma(-beta h), the slope in r its opposite. If labels follow
+    Bradley-Terry with utility u, the optimum is pi_ref e^(u/beta) / Z. A constant added to both c
+    and r changes nothing, so both responses may become less likely. SPIN, sDPO, LD-DPO and TR-DPO
+    are this loss with another reference or mask (recipes.py).
     """
     check(beta=beta)
     return -F.logsigmoid(beta * (chosen_logratios - rejected_logratios))
@@ -66,9 +66,9 @@ def cdpo_loss(chosen_logratios, rejected_logratios, *, beta=0.1, label_smoothing
     """-(1 - eps) log sigma(beta h) - eps log sigma(-beta h).   (B,)
 
     Paper: Mitchell 2023, A note on DPO with noisy preferences, ericmitchell.ai/cdpo.pdf
-    Idea: cross-entropy with the label 1 - eps in place of 1: the margin stops at logit(1 - eps).
-    Its optimum is biased: with flipped labels it is not the clean one (rdpo's is). LLaMA-Factory's
-    help calls this one "robust DPO": it is not.
+    Idea: cross-entropy with the label 1 - eps in place of 1: beta h stops at logit(1 - eps).
+    With flipped labels its optimum differs from the optimum on clean labels; rdpo's does not.
+    (LLaMA-Factory's help calls this loss "robust DPO", which is the name of rdpo.)
     """
     check(beta=beta, label_smoothing=label_smoothing)
     u = beta * (chosen_logratios - rejected_logratios)
@@ -80,8 +80,9 @@ def rdpo_loss(chosen_logratios, rejected_logratios, *, beta=0.1, label_smoothing
 
     Paper: Chowdhury, Kini, Natarajan 2024, Provably Robust DPO, arXiv 2403.00409
     Idea: if a share eps of the labels is flipped, the mean of this loss is the clean DPO loss.
-    A MINUS where cDPO has a plus. The price is variance and no lower bound: at eps = 0.2 and
-    beta h = 50 the loss is -16.7. Not R-DPO (arXiv 2403.19159), which penalises length.
+    The eps term has the opposite sign of cDPO's. The price is a larger variance and no lower
+    bound: at eps = 0.2 and beta h = 50 the loss is -16.7. Not R-DPO (arXiv 2403.19159), which
+    penalises length.
     """
     check(beta=beta, label_smoothing=label_smoothing)
     u = beta * (chosen_logratios - rejected_logratios)
@@ -95,9 +96,9 @@ def ipo_loss(chosen_logratios, rejected_logratios, *, tau=0.1):
     """(h - 1 / (2 tau))^2.   (B,)
 
     Paper: Azar et al. 2023, A General Theoretical Paradigm to Understand Learning, arXiv 2310.12036
-    Idea: regress the margin on a fixed target, so that sure pairs do not drive it to infinity.
-    Eq. 17, on sums as in the paper's text; TRL calls tau beta. A LARGER tau asks for less. Where
-    both responses come from mu, the optimum is log pi = log pi_ref + p(y beats mu) / tau + const.
+    Idea: regress the margin on a fixed target, so that no pair drives it to infinity.
+    Eq. 17, on sums as in the paper's text; TRL calls tau beta. A LARGER tau is a smaller target. If
+    mu wrote both responses, the optimum is log pi = log pi_ref + p(y beats mu) / tau + const.
     """
     check(tau=tau)
     return (chosen_logratios - rejected_logratios - 1 / (2 * tau)) ** 2
@@ -108,8 +109,9 @@ def ipo_avg_loss(chosen_logratios, rejected_logratios, chosen_len, rejected_len,
 
     Paper: Azar et al. 2023, A General Theoretical Paradigm to Understand Learning, arXiv 2310.12036
     Idea: IPO per token, so that the target does not depend on length.
-    So TRL, HALOs and LLaMA-Factory code it; TRL says the authors confirmed averages. Lengths are
-    counted by the mask: HALOs counts NON-ZERO log-ratios, which is 0/0 = NaN at policy = reference.
+    This is the IPO of TRL, HALOs and LLaMA-Factory; TRL says that the authors confirmed averages.
+    Lengths are counted by the mask. HALOs counts NON-ZERO log-ratios, which gives 0/0 = NaN at
+    policy = reference.
     """
     check(tau=tau)
     return (chosen_logratios / chosen_len - rejected_logratios / rejected_len - 1 / (2 * tau)) ** 2
@@ -144,8 +146,8 @@ def exo_loss(chosen_logratios, rejected_logratios, *, beta=0.1, label_smoothing=
 
     Paper: Ji et al. 2024, Towards Efficient Exact Optimization of Alignment, arXiv 2402.00856
     Idea: DPO and cDPO are the forward KL (label || policy); this is the reverse, mode-seeking one.
-    Eq. 16. Minimum 0 at u = logit(1 - eps), as cDPO's; the slope dies in both tails. eps = 0 would
-    be infinite and is an error.
+    Eq. 16. The minimum, 0, is at u = logit(1 - eps), as cDPO's. The slope goes to 0 in both tails.
+    At eps = 0 the loss is infinite, so that is an error.
     """
     check(beta=beta, label_smoothing=label_smoothing)
     require(label_smoothing > 0, "label_smoothing", "in (0, 0.5)", label_smoothing)
@@ -161,14 +163,14 @@ def discopop_loss(chosen_logratios, rejected_logratios, *, beta=0.05, tau=0.05):
     """-log sigma(u) sigma(-u / tau) + e^-u sigma(u / tau), u = beta h.   (B,)
 
     Paper: Lu et al. 2024, Discovering Preference Optimization Algorithms, arXiv 2406.08414
-    Idea: found by a language model that proposes losses: first logistic, then exponential.
+    Idea: found by a language model: logistic at negative margins, exponential at positive ones.
     Eq. 5. With the default tau the loss RISES with the margin for beta h in (-0.1185, 0.0719).
-    Training starts in there, at h = 0, so both responses are first pushed the WRONG way (slope in
+    Training starts there, at h = 0, so both responses are first pushed the WRONG way (slope in
     beta h: (1 - log 2) / (4 tau) - 3/4 = +0.784).
     """
     check(beta=beta, tau=tau)
     u = beta * (chosen_logratios - rejected_logratios)
-    log_exponential = F.logsigmoid(u / tau) - u     # of e^-u sigma(u / tau): inf * 0 at u = -800
+    log_exponential = F.logsigmoid(u / tau) - u     # e^-u sigma(u / tau) is inf * 0 at u = -800
     exponential = log_exponential.clamp(max=log_max(u)).exp()
     return -F.logsigmoid(u) * F.logsigmoid(-u / tau).exp() + exponential
 
@@ -180,8 +182,8 @@ def dpop_loss(chosen_logratios, rejected_logratios, *, beta=0.3, lam=50.0):
 
     Paper: Pal et al. 2024, Smaug, arXiv 2402.13228
     Idea: DPO may lower both responses; pay lam for each nat the chosen one falls below pi_ref.
-    The penalty is inside beta and sigma; both defaults are secondary. The curve has a kink at
-    c = 0, where training starts: its slope in c is DPO's from 0 on, 1 + lam times DPO's below.
+    The penalty is inside beta and sigma; both defaults are secondary. At c = 0, where training
+    starts, the curve has a kink: its slope in c is DPO's for c >= 0, 1 + lam times that for c < 0.
     """
     check(beta=beta, lam=lam)
     penalty = lam * F.relu(-chosen_logratios)
@@ -194,8 +196,8 @@ def dpo_shift_loss(chosen_logratios, rejected_logratios, *, beta=0.1, lam=0.75):
     Paper: Yang et al. 2025, DPO-Shift, arXiv 2502.07599
     Idea: weigh the rejected response less, so that pushing it down cannot replace raising c.
     Checked against the authors' code, where lam is dpo_lambda (0.7 in one of their recipes) and may
-    also move in a line from 0.5 to 1. lam = 1 is DPO, and lam in (0, 1]. The slope on r is lam
-    times the one on c.
+    also grow linearly from 0.5 to 1. 0 < lam <= 1; lam = 1 is DPO. The slope in r is -lam times
+    the slope in c.
     Trap: raising BOTH responses by t nats now gains beta (1 - lam) t. So there is no Bradley-Terry
     optimum, and the words that both share are imitated, good or bad.
     """
@@ -208,9 +210,9 @@ def nca_loss(chosen_logratios, rejected_logratios, *, beta=0.01):
     """-log sigma(beta c) - 1/2 log sigma(-beta c) - 1/2 log sigma(-beta r).   (B,)
 
     Paper: Chen et al. 2024, Noise Contrastive Alignment of Language Models, arXiv 2402.05369
-    Idea: tell each response from a sample of the reference, by its own likelihood.
-    The chosen reward beta c is held at log 2: above it c is pushed DOWN. The authors' biased NCA is
-    bco_pair with a shift of 0.
+    Idea: classify each response by its own likelihood: the data's, or a sample of the reference?
+    The chosen reward beta c is best at log 2; above that c is pushed DOWN. The authors' biased NCA
+    is bco_pair with a shift of 0.
     """
     check(beta=beta)
     c = beta * chosen_logratios
@@ -236,8 +238,9 @@ def apo_zero_loss(chosen_logratios, rejected_logratios, *, beta=0.1):
     """sigma(-beta c) + sigma(beta r).   (B,)
 
     Paper: D'Oosterlinck et al. 2024, Anchored Preference Optimization, arXiv 2408.06266
-    Idea: for chosen responses better than the model's own: one goes up, the other down.
-    Eq. 7. Bounded, so hopeless pairs are left alone. Its two halves are KTO with z0 = 0.
+    Idea: for chosen responses better than the model's own: chosen goes up, rejected goes down.
+    Eq. 7. The loss is bounded, so a badly wrong pair has almost no gradient. Its two halves are KTO
+    with z0 = 0.
     """
     check(beta=beta)
     chosen_term = F.logsigmoid(-beta * chosen_logratios).exp()
@@ -264,7 +267,7 @@ def sppo_loss(chosen_logratios, rejected_logratios, chosen_win_prob, rejected_wi
     Paper: Wu et al. 2024, Self-Play Preference Optimization, arXiv 2405.00675
     Idea: one step towards a Nash equilibrium: each log-ratio is fitted to its response's win rate.
     P_w, P_l: mean probability of winning against the policy's own samples, a constant. beta is the
-    paper's 1 / eta; the official code is half of this.
+    paper's 1 / eta. The official code has half of this loss.
     """
     check(beta=beta)
     target_w = (chosen_win_prob.detach().type_as(chosen_logratios) - 0.5) / beta
@@ -291,9 +294,9 @@ def cal_dpo_loss(chosen_logratios, rejected_logratios, *, beta=0.1):
     Idea: DPO fixes only the difference of the two rewards; here each one has a target of its own.
     It is sppo_hard plus DPO at beta = 1: the first term has NO beta in it. Checked against the two
     codes of the authors: the one for Pythia is this, the one for Zephyr halves the squares.
-    Trap: the squares rule. With the default beta they ask for +-5 nats, and at policy = reference
-    their slope is 20 times the DPO term's. The optimum, c = -r = 1 / (2 beta) + sigma(-2 c) / 2,
-    lies hardly beyond SPPO's.
+    Trap: the squares dominate. With the default beta their targets are +-5 nats, and at policy =
+    reference their slope is 20 times the DPO term's. The optimum, c = -r =
+    1 / (2 beta) + sigma(-2 c) / 2, is almost SPPO's.
     """
     check(beta=beta)
     ranking = -F.logsigmoid(chosen_logratios - rejected_logratios)
@@ -339,11 +342,11 @@ def chipo_loss(chosen_logratios, rejected_logratios, *, beta=0.05, clip=10.0):
     The paper writes phi(z) = z + log z of the ratio z = pi / pi_ref. With Bradley-Terry labels of
     utility u the optimum is pi_ref W(e^((u - const) / beta)), where W(x) e^W(x) = x: ratios grow
     like u / beta, in DPO like e^(u / beta).
-    What is clipped is the DIFFERENCE of the rewards, to R = 2 R_max (Algorithm 1, secondary: from
-    memory and one reading note; one public code clips each reward instead). beta is the larger of
-    the paper's two (secondary), R our choice; clip = inf switches it off.
-    Trap: beyond R the slope is exactly 0, so a pair that is wrong by more is never mended. And t is
-    the log-ratio of a whole response: 10 nats, common in long ones, are far beyond R.
+    The clip is on the DIFFERENCE of the rewards, R = 2 R_max (Algorithm 1, secondary and from
+    memory; one public code clips each reward instead). beta is the larger of the paper's two
+    (secondary), R our choice; clip = inf switches it off.
+    Trap: beyond R the slope is exactly 0, so a pair that is wrong by more is never corrected. And t
+    is the log-ratio of a whole response: 10 nats, common in long ones, are far beyond R.
     """
     check(beta=beta, clip=clip)
     c = chosen_logratios
@@ -357,7 +360,7 @@ def tdpo1_loss(chosen_logratios, rejected_logratios, chosen_kl, rejected_kl, *, 
 
     Paper: Zeng et al. 2024, Token-level Direct Preference Optimization, arXiv 2404.11999
     Idea: DPO derived token by token, which leaves the difference of two sequence KLs in the margin.
-    D is the sum over positions of KL(pi_ref || pi), this direction (official code), with gradient.
+    D sums KL(pi_ref || pi) over positions, in this direction (official code), with gradient.
     """
     check(beta=beta)
     drift = rejected_kl - chosen_kl
@@ -370,22 +373,22 @@ def tdpo2_loss(chosen_logratios, rejected_logratios, chosen_kl, rejected_kl,
 
     Paper: Zeng et al. 2024, Token-level Direct Preference Optimization, arXiv 2404.11999
     Idea: TDPO1 with a weight on the KLs, and no reward for drifting away on the chosen response.
-    D_w is a constant: TDPO1's loss falls as it grows.
+    D_w has no gradient here, because TDPO1's loss falls as D_w grows.
     """
     check(beta=beta, alpha=alpha)
     drift = rejected_kl - chosen_kl.detach()
     return -F.logsigmoid(beta * (chosen_logratios - rejected_logratios - alpha * drift))
 
 
-# --- 6. pairs that do not count alike -------------------------------------------------------------
+# --- 6. some pairs count more ---------------------------------------------------------------------
 
 def odpo_loss(chosen_logratios, rejected_logratios, score_gap, *, beta=0.5, alpha=1.0):
     """-log sigma(beta h - alpha log(score_gap)).   (B,)
 
     Paper: Amini et al. 2024, Direct Preference Optimization with an Offset, arXiv 2402.10571
     Idea: a pair that is far apart in score must get further apart in reward.
-    The offset is outside beta. A gap below 1 gives a NEGATIVE offset, easier than DPO; a gap <= 0
-    is an error. There is no KL term, though some texts print one.
+    beta does not multiply the offset. A gap below 1 gives a NEGATIVE offset: easier than DPO. A gap
+    <= 0 is an error. There is no KL term, though some texts print one.
     """
     check(beta=beta, alpha=alpha)
     smallest = score_gap.detach().min()
@@ -399,9 +402,9 @@ def wpo_loss(chosen_logratios, rejected_logratios, chosen_weight, rejected_weigh
     """-sg(min(clamp, w_w w_l)) log sigma(beta h), w = chosen_weight, rejected_weight.   (B,)
 
     Paper: Zhou et al. 2024, WPO, arXiv 2406.11827
-    Idea: pairs that the current policy would hardly write count less, as if it had sampled them.
+    Idea: pairs that the current policy would hardly write count less, as in its own samples.
     w = exp(mean_t [log pi(y_t) - log sum_v pi(v)^2]) under the current policy. The product is
-    clamped, as in the official code and TRL up to 0.28; TRL from 0.29 on does not (`clamp=inf`).
+    clamped, as in the official code and in TRL up to 0.28, but not from 0.29 on (`clamp=inf`).
     """
     check(beta=beta, clamp=clamp)
     weight = (chosen_weight * rejected_weight).detach().clamp(max=clamp)
@@ -414,8 +417,9 @@ def beta_dpo_loss(chosen_logratios, rejected_logratios, margin_mean, batch_margi
 
     Paper: Wu et al. 2024, beta-DPO, arXiv 2407.08639
     Idea: batches with wide margins get a larger beta, batches with narrow ones a smaller.
-    Both means are () and of h, without beta as in the official code: over the global batch, and its
-    moving average. Departure: outlying pairs are not filtered out. With a = 0 it is DPO.
+    batch_margin_mean is the mean of h over the global batch, margin_mean its moving average over
+    the steps; both are () and without beta, as in the official code.
+    Departure: outlying pairs are not filtered out. a = 0 is DPO.
     """
     check(beta=beta, a=a)
     surplus = (batch_margin_mean - margin_mean).detach().type_as(chosen_logratios)
@@ -452,9 +456,9 @@ def cpo_loss(chosen_logps, rejected_logps, chosen_len, *, beta=0.1, nll_weight=1
     """-log sigma(beta (lw - ll)) - nll_weight lw / nw.   (B,)
 
     Paper: Xu et al. 2024, Contrastive Preference Optimization, arXiv 2401.08417
-    Idea: DPO with a uniform reference, and likelihood on the chosen response in its place.
-    Sums in the margin. Departure: the NLL is per token; the paper's is per sequence. nll_weight = 0
-    is DPO's reference-free form.
+    Idea: DPO with a uniform reference; the NLL of the chosen response limits the drift instead.
+    The margin is of sums. Departure: the NLL is per token; the paper's is per sequence.
+    nll_weight = 0 is DPO's reference-free form.
     """
     check(beta=beta, nll_weight=nll_weight)
     ranking = -F.logsigmoid(beta * (chosen_logps - rejected_logps))
@@ -466,8 +470,9 @@ def orpo_loss(chosen_logps, rejected_logps, chosen_len, rejected_len, *, lam=0.1
 
     Paper: Hong, Lee, Thorne 2024, ORPO, arXiv 2403.07691
     Idea: SFT with a small odds-ratio penalty on the rejected response; one stage in place of two.
-    AVERAGES: with sums log(1 - e^l) is about 0 and the odds are gone. Departure: NLL of the
-    response only (official code and TRL: of the prompt too). lam is the paper's; their code has 1.
+    Log-probs are AVERAGES: of a sum l, log(1 - e^l) is about 0, so odds would be probabilities.
+    Departure: NLL of the response only (official code and TRL: of the prompt too). lam is the
+    paper's; their code has 1.
     """
     check(lam=lam)
     aw = chosen_logps / chosen_len
@@ -481,8 +486,8 @@ def simpo_loss(chosen_logps, rejected_logps, chosen_len, rejected_len, *, beta=2
 
     Paper: Meng, Xia, Chen 2024, SimPO, arXiv 2405.14734
     Idea: reward = log-prob per token, which is what decoding maximises; win by a margin of gamma.
-    gamma is OUTSIDE beta; the official config gives gamma / beta (0.25 here). beta is 2 to 10; 0.1,
-    a default elsewhere, is far off. Nothing holds the policy back but a small learning rate.
+    beta does not multiply gamma; the official config gives gamma / beta (0.25 here). beta is 2 to
+    10; 0.1, a default elsewhere, is far too small. Only a small learning rate limits the drift.
     """
     check(beta=beta)
     return -F.logsigmoid(beta * (chosen_logps / chosen_len - rejected_logps / rejected_len) - gamma)
@@ -493,7 +498,7 @@ def alphapo_loss(chosen_logps, rejected_logps, chosen_len, rejected_len,
     """-log sigma(R_w - R_l - gamma), R = beta (1 - p^-alpha) / alpha, p = e^aw, e^al.   (B,)
 
     Paper: Gupta et al. 2025, AlphaPO, arXiv 2501.03884
-    Idea: SimPO with fdpo's alpha curve: the reward of an unlikely response plunges, if alpha > 0.
+    Idea: SimPO with fdpo's alpha curve: with alpha > 0, unlikely responses have far lower rewards.
     alpha = 0 is SimPO. The defaults are the paper's for Mistral-Instruct. p^-alpha is computed as
     e^(-alpha a): TRL's e^a is 0 below a = -745, and 0^-alpha is inf.
     """
@@ -510,8 +515,8 @@ def aot_loss(chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps,
 
     Paper: Melnyk et al. 2024, Distributional Preference Alignment of LLMs, arXiv 2406.05882
     Idea: each quantile of the policy's margins must lie above the same quantile of the reference's.
-    The k-th smallest margin of the policy meets the k-th smallest of the reference, which may be
-    another pair's. So rows are sorted over the whole batch, never over a micro-batch.
+    The k-th smallest margin of the policy is compared with the k-th smallest of the reference,
+    even if that is another pair's. So rows are sorted over the whole batch, not a micro-batch.
     """
     margins = (chosen_logps - rejected_logps).sort().values
     ref_margins = (ref_chosen_logps - ref_rejected_logps).detach().sort().values
@@ -545,12 +550,12 @@ def rebel_loss(chosen_logps, rejected_logps, old_chosen_logps, old_rejected_logp
 
     Paper: Gao et al. 2024, REBEL: Regressing Relative Rewards, arXiv 2404.16767
     Idea: a policy gradient as least squares: log-ratios to the last policy must match rewards.
-    lw_old, ll_old: log-probs under the policy that wrote the pair; of a file's pairs, under the
+    lw_old, ll_old: log-probs under the policy that wrote the pair; for pairs from a file, under the
     reference. The optimum is pi_old e^(eta u) / Z, one step of natural policy gradient.
     Checked against the authors' code: it has (d - eta score_gap)^2, which is eta^2 times this, with
-    eta = 1 (1e6 for one data set). A tie (gap 0) is no error: it says "stay as far apart as you
-    were". Trap: nothing but eta holds the policy near pi_old, and nothing at all near the
-    reference. Put a KL penalty into the reward if that matters.
+    eta = 1 (1e6 for one data set). A tie (gap 0) is no error: its target is d = 0.
+    Trap: only eta keeps the policy near pi_old, and nothing keeps it near the reference. If that
+    matters, put a KL penalty into the reward.
     """
     check(eta=eta)
     moved = (chosen_logps - old_chosen_logps.detach()) - (rejected_logps
@@ -562,11 +567,11 @@ def xpo_loss(chosen_logratios, rejected_logratios, target_logps, *, beta=0.1, al
     """-log sigma(beta h) + alpha log pi(y_ref | x), y_ref a sample of the reference.   (B,)
 
     Paper: Xie et al. 2024, Exploratory Preference Optimization (XPO), arXiv 2405.21046
-    Idea: online DPO with a bonus for leaving what the reference would say: explore.
+    Idea: online DPO that explores: responses the reference would give are made less likely.
     On average over y_ref the second term is -alpha KL(pi_ref || pi), up to a constant. Its sign is
-    PLUS. Checked against TRL's code; an early draft of that had a minus, which is SLiC's imitation.
+    PLUS. Checked against TRL's code, an early draft of which had a minus: that is SLiC's imitation.
     alpha = 1e-5 is TRL's, and alpha = 0 is DPO.
-    Trap: log pi has no floor, so a large alpha un-teaches the language.
+    Trap: log pi has no lower bound, so with a large alpha the policy unlearns the language.
     """
     check(beta=beta, alpha=alpha)
     return dpo_loss(chosen_logratios, rejected_logratios, beta=beta) + alpha * target_logps
@@ -582,8 +587,8 @@ def log_max(x):
 def log1mexp(x):
     """log(1 - e^x) for x <= 0.   (B,)
 
-    By expm1 near 0, where e^x rounds to 1; by log1p below, where 1 - e^x does. log1p gets a
-    harmless number where it is not used: else its gradient there would be 0 * inf = NaN.
+    Near 0, where e^x rounds to 1, expm1 is exact; far below, where 1 - e^x rounds to 1, log1p is.
+    log1p gets a harmless number where it is not used, else its gradient would be 0 * inf = NaN.
     """
     x = x.clamp(max=-torch.finfo(x.dtype).tiny)     # p = 1: the odds are huge, not infinite
     minus_log2 = torch.full_like(x, -0.6931471805599453)
@@ -596,8 +601,8 @@ def log1mexp(x):
 def power_gap(a, b, alpha):
     """f(a) - f(b), f(t) = (1 - e^(-alpha t)) / alpha, which is t at alpha = 0.   (B,)
 
-    Where an exponential would overflow, both lose the same factor: inf - inf is NaN, and clamping
-    both would make them equal.
+    Where an exponential would overflow, both are divided by the same factor. Without it inf - inf
+    would be NaN, and clamping both would make them equal.
     """
     if alpha == 0:
         return a - b
@@ -613,7 +618,7 @@ def exp_minus_1(t):
 
 
 def check(**hyper):
-    """ValueError for a value without meaning: beta = 0 has no gradient, beta < 0 a wrong one."""
+    """ValueError for a value out of range: beta = 0 has no gradient, beta < 0 the wrong sign."""
     for name, value in hyper.items():
         if name == "label_smoothing":
             require(0 <= value < 0.5, name, "in [0, 0.5)", value)

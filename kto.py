@@ -4,15 +4,15 @@ Ethayarajh, Xu, Muennighoff, Jurafsky, Kiela 2024, "KTO: Model Alignment as Pros
 Optimization", arXiv 2402.01306. The letters are Kahneman-Tversky Optimization; equation numbers
 are those of version 4.
 
-Kahneman and Tversky found that people do not judge an outcome by its worth but by how far it lies
-from a REFERENCE POINT; that gains and losses both feel smaller the further out they are (concave
-above the point, convex below it); and that the two sides may weigh differently (loss aversion).
-KTO takes each of these for a language model:
+Kahneman and Tversky found three things about how people judge an outcome. They compare it with a
+REFERENCE POINT: what lies above is a gain, what lies below a loss. Each further unit of gain or
+loss counts less (the value is concave above the point, convex below it). And losses may weigh more
+than gains (loss aversion). KTO uses all three for a language model:
 
     prospect theory           here
     an outcome                a response y to a prompt x
     how much it is worth      the implied reward  r(x,y) = log pi(y|x) - log pi_ref(y|x)
-    the reference point       z0 = KL(pi || pi_ref), what the policy gains on average
+    the reference point       z0 = KL(pi || pi_ref), the mean reward of the policy's own responses
     a curve that saturates    the logistic function, in place of (z - z0)^0.88
     risk aversion             beta: how soon it saturates
     loss aversion             lambda_d, lambda_u: weights of desirable and undesirable responses
@@ -20,7 +20,7 @@ KTO takes each of these for a language model:
 No pairs are needed: one response with a thumb up or down is a training example.
 
 Notation. log is natural. A log-prob is a SUM over the response's tokens, end-of-text included.
-Shapes: B responses in the (micro-)batch, M mismatched ones in the whole global batch.
+Shapes: B responses in the (micro-)batch; M mismatched pairs (x, y') in the whole global batch.
     logps         (B,)  log pi(y|x) under the policy, with gradient
     logratios     (B,)  r = log pi(y|x) - log pi_ref(y|x), gradient through the policy
     desirable     (B,)  bool: thumb up
@@ -38,14 +38,14 @@ def kto_loss(logratios, desirable, kl_logratios, *, beta=0.1, lambda_d=1.0, lamb
     """lambda_y - v, v = lambda_d sigma(beta (r - z0)) or lambda_u sigma(beta (z0 - r)).   (B,)
 
     Paper: Ethayarajh et al. 2024, KTO, arXiv 2402.01306
-    Idea: one thumb per response; its value saturates on both sides of a reference point.
+    Idea: one thumb per response; a response's value saturates on both sides of a reference point.
     The gradient in closed form, with z0 constant, u the argument of sigma in v, m the batch size:
         grad L = 1/m sum d(y) lambda_y sigma(u) (1 - sigma(u)) beta grad log pi(y|x)
         d(y) = -1 for a desirable response, +1 for an undesirable one
-    A response moves most where r is near z0, and hardly any longer once it is clearly good or
-    hopelessly bad. (DPO's gradient does not fade for a pair that is badly wrong.)
+    A response gets the largest gradient where r is near z0, and almost none once r is far above
+    or far below it. (DPO's gradient does not fade for a pair that is badly wrong.)
     At pi = pi_ref every r is 0, z0 = 0 and the loss is lambda_y / 2.
-    Source: Eq. 8. Equal to TRL's and the authors' code but for z0, which they estimate per
+    Source: Eq. 8. Equal to TRL's and the authors' code, except that they estimate z0 per
     micro-batch.
     """
     z0 = reference_point(kl_logratios)
@@ -61,10 +61,10 @@ def reference_point(kl_logratios):
     every step is slow, so the paper scores responses under prompts that they do not belong to.
     That estimate is biased, often below zero, and therefore clamped. Three things matter:
       - FIRST the mean, THEN the clamp: clamping each term would count only the positive ones.
-      - The mean runs over the whole global batch. Over one micro-batch or one process's share it
-        would be another, noisier, number.
+      - The mean runs over the whole global batch. The mean over one micro-batch, or over one
+        process's share, is a different and noisier number.
       - z0 is a constant: the paper found that a gradient through it makes training unstable.
-    An empty tensor says "z0 = 0" (`--z0 zero`), a single number says "z0 is this" (`--z0 1.5`).
+    An empty tensor means z0 = 0 (`--z0 zero`). A tensor of one number fixes z0 (`--z0 1.5`).
     """
     if kl_logratios.numel() == 0:
         return kl_logratios.new_zeros(())
@@ -88,7 +88,8 @@ def value(logratios, desirable, z0, *, beta, lambda_d, lambda_u):
 def class_weight(desirable, like, lambda_d, lambda_u):
     """lambda_y per example.   (B,)
 
-    Their ratio matters most when one class is rare: see Eq. 9 and `data.lambda_weights`.
+    The ratio lambda_d / lambda_u matters most when one class is rare: see Eq. 9 and
+    `data.lambda_weights`.
     """
     return torch.where(desirable, torch.full_like(like, lambda_d), torch.full_like(like, lambda_u))
 
@@ -99,8 +100,8 @@ def kto_uniform_loss(logps, desirable, entropy, *, beta=0.1, lambda_d=1.0, lambd
     """kto_loss with r - z0 = log pi(y|x) + H(pi(.|x)), H = `entropy`.   (B,)
 
     Paper: Ethayarajh et al. 2024, KTO, arXiv 2402.01306
-    Idea: KTO with a uniform reference: compare log pi(y|x) with what the policy says on average.
-    It saves the memory of a reference model. Let pi_ref give each of N responses 1/N. Then
+    Idea: KTO with a uniform reference: compare log pi(y|x) with its mean under the policy.
+    No reference model is needed. Let pi_ref give each of N responses the probability 1/N. Then
         r  = log pi(y|x) - log(1/N)  = log pi(y|x) + log N
         z0 = KL(pi || uniform)       = sum_y pi log pi + log N = log N - H,   H = -sum_y pi log pi
         r - z0 = log pi(y|x) + H
@@ -120,8 +121,8 @@ def apo_zero_unpaired_loss(logratios, desirable, *, beta=0.1):
     """1 - sigma(beta r) where desirable, sigma(beta r) where not.   (B,)
 
     Paper: D'Oosterlinck et al. 2024, Anchored Preference Optimization, arXiv 2408.06266
-    Idea: the anchor is the reference itself: good responses become likelier than it, bad ones less.
-    Source: Eq. 7, its two halves by label. It is KTO with z0 = 0 and lambda = 1.
+    Idea: good responses become likelier than under the reference, bad ones less likely.
+    Source: Eq. 7, one half for each label. It is KTO with z0 = 0 and lambda = 1.
     """
     z0 = logratios.new_zeros(())
     return 1 - value(logratios, desirable, z0, beta=beta, lambda_d=1.0, lambda_u=1.0)
@@ -131,12 +132,11 @@ def bco_loss(logratios, desirable, reward_shift, *, beta=0.1):
     """-log sigma(+-(beta r - delta)), + where desirable, delta = `reward_shift`.   (B,)
 
     Paper: Jung et al. 2024, Binary Classifier Optimization, arXiv 2404.04656
-    Idea: tell good from bad with beta r as the logit, around the mean reward seen so far.
+    Idea: classify good and bad by the logit beta r - delta, delta the mean reward seen so far.
     delta is (), no gradient: the mean of beta r over all samples seen so far, the current global
-    batch included. So the classifier splits between the classes rather than at 0.
+    batch included. So the boundary lies between the two classes, not at 0.
     Departure: the paper averages the two class means, TRL (and we) pool the samples.
-    Where KTO saturates (sigma), this keeps pushing (log sigma): a badly wrong example has the full
-    slope beta.
+    The gradient of KTO's sigma fades for a badly wrong example; with log sigma its slope is beta.
     """
     u = beta * logratios - reward_shift.detach()
     return -F.logsigmoid(torch.where(desirable, u, -u))      # log(sigmoid(-800.)) would be -inf

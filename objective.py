@@ -4,9 +4,9 @@ A loss is a plain function. The names before its `*` are MEASURED, those after i
 
     def kto_loss(logratios, desirable, kl_logratios, *, beta=0.1, lambda_d=1.0, lambda_u=1.0)
 
-This file holds every measured name, once: a small function under `@measured(its names)`, with what
-measuring it takes. A new quantity is one entry. With this one in place a loss may name
-`chosen_entropy`, and nothing else has to be touched; it gets the sum over the response, (b,):
+This file has every measured name once: a small function under `@measured(names)`, which also says
+what measuring it needs. A new quantity is one entry. For example, after this one any loss may name
+`chosen_entropy`. The loss gets its sum over the response, (b,):
 
     @measured("chosen_entropy", "rejected_entropy", scope="position")
     def position_entropy(logits, targets, ref_logits):
@@ -18,14 +18,14 @@ Words.
     row    one sequence, prompt and response (data.Row); its mask says which tokens count
     unit   the rows of one example: (y,), (y, y'), (chosen, rejected) or (chosen, rejected, target).
            y' is the mismatched row: this prompt with another prompt's response, for KTO's z0 (with
-           --z0 on_policy or --online the policy's own response). The first `trained` rows carry a
-           gradient, the others are only measured
+           --z0 on_policy or --online: with a response of the policy). The first `trained` rows get
+           a gradient, the others are only measured
     batch  the units of one optimiser step, over all processes
     part   some units of a batch: what one forward takes
 
-Two passes. What couples the rows of a batch (z0, a running mean) is measured first, over the whole
-batch and without gradient; then the units are measured part by part, with gradient. Therefore any
-split of a batch gives the same step.
+Two passes. First come the quantities that need the whole batch (z0, a running mean): they are
+measured without gradient. Then the units are measured part by part, with gradient. Therefore any
+split of a batch into parts gives the same step.
 """
 
 import difflib
@@ -46,11 +46,11 @@ from plumbing import metrics, parallel
 
 class Quantity(NamedTuple):
     compute: Callable
-    row: int               # which row of a unit it speaks of: 0 chosen, 1 rejected, 2 target
+    row: int               # which row of a unit is measured: 0 chosen, 1 rejected, 2 target
     scope: str             # example, position, batch or token: see below
-    needs: tuple           # "reference": its log-probs. "distributions": the reference's model, at
-                           # every step. "partners": mismatched rows. "author": own responses,
-                           # which carry rewards
+    needs: tuple           # "reference": the reference's log-probs. "distributions": its model, at
+                           # every step. "partners": mismatched rows. "author": responses written
+                           # by the policy, with their rewards
     zero: bool             # is it 0 where policy and reference are equal?
 
 
@@ -79,7 +79,7 @@ def measured(*names, scope="example", needs=(), zero=False):
 @measured("logps")
 @measured("chosen_rewards", "rejected_rewards")
 def log_prob(part, row):
-    """log pi(y|x), a masked sum over the response. Of a reward model: its reward.   (b,)"""
+    """log pi(y|x), a masked sum over the response; for a reward model the reward.   (b,)"""
     return part.logps[:, row]
 
 
@@ -91,9 +91,9 @@ def ref_log_prob(part, row):
 
 @measured("old_chosen_logps", "old_rejected_logps", needs=["reference"])
 def old_log_prob(part, row):
-    """log pi_old(y|x), no gradient: of the policy that wrote y (--online), else the reference's.
+    """log pi_old(y|x), no gradient. With --online pi_old is the policy that wrote y.   (b,)
 
-    A file does not say who wrote its responses; the reference stands for their author.   (b,)
+    A file does not say who wrote its responses: for them pi_old is the reference.
     """
     old_logps = part.ref_logps if part.old_logps is None else part.old_logps
     return old_logps[:, row]
@@ -115,15 +115,15 @@ def response_length(part, row):
 
 @measured("chosen_win_prob", "rejected_win_prob")
 def win_probability(part, row):
-    """The response's mean probability of winning: the data's, or in its group (--online).   (b,)"""
+    """The response's mean win probability: from the data, or in its group (--online).   (b,)"""
     return part.column(unit[row].win_prob for unit in part.units)
 
 
 @measured("score_gap")
 def score_gap(part, row):
-    """Score of chosen minus score of rejected: the data's, or their rewards (--online).   (b,)
+    """Score of chosen minus score of rejected, from the data; --online: their rewards.   (b,)
 
-    1 in an example that has no weight, such as an online tie: ODPO takes the logarithm.
+    1 where the example's weight is 0 (an online tie), because ODPO takes the logarithm.
     """
     gaps = [unit[0].score - unit[1].score for unit in part.units]
     return torch.where(part["weight"] > 0, part.column(gaps), 1.0)
@@ -132,7 +132,7 @@ def score_gap(part, row):
 @measured("desirable")
 @measured("preferred")
 def thumb(part, row):
-    """desirable: thumb up. preferred: is the unit's first response the preferred one.   (b,)"""
+    """desirable: thumb up. preferred: the unit's first response is the preferred one.   (b,)"""
     return part.column((unit[0].desirable for unit in part.units), torch.bool)
 
 
@@ -154,7 +154,7 @@ def confidence_weight(part, row):
           zero=True)
 def position_kl(logits, targets, ref_logits):
     """KL(pi_ref(.|s_t) || pi(.|s_t)), nats.   (m, V), (m,), (m, V) -> (m,)"""
-    ref_logps = wide_log_softmax(ref_logits.detach())        # of both: 0 log 0 is not NaN
+    ref_logps = wide_log_softmax(ref_logits.detach())        # log-probs, so that 0 log 0 is 0
     return (ref_logps.exp() * (ref_logps - wide_log_softmax(logits))).sum(-1)
 
 
@@ -202,7 +202,7 @@ def batch_margin(whole, row):
 
 @measured("margin_mean", scope="batch", needs=["reference"], zero=True)
 def running_margin(whole, row):
-    """beta-DPO: the moving average of that, from 0, updated before it is used.   ()"""
+    """beta-DPO: moving average of batch_margin_mean; starts at 0, updated before its use.   ()"""
     before = whole.running.get("margin_mean", 0.0)
     whole.running["margin_mean"] = 0.9 * before + 0.1 * float(batch_margin(whole, row))
     return torch.tensor(whole.running["margin_mean"], dtype=torch.float64)
@@ -210,14 +210,14 @@ def running_margin(whole, row):
 
 # --- one number per token that the policy wrote -------------------------------------------------
 
-@measured("token_logps", "old_token_logps", "ref_token_logps",       # pi, who wrote it, reference
+@measured("token_logps", "old_token_logps", "ref_token_logps",       # under pi, pi_old, reference
           "advantages", "values", "old_values", "returns",           # with a critic: ppo.gae
-          "group_advantages", "centred_advantages",                  # of a response, on each of
-          "loo_advantages", "batch_advantages",                      # its tokens: see ppo.py
-          "response", "response_len",              # whose token it is, 0 to b - 1; its tokens
+          "group_advantages", "centred_advantages",                  # one per response, repeated
+          "loo_advantages", "batch_advantages",                      # on its tokens: see ppo.py
+          "response", "response_len",              # the token's response, 0 to b - 1; its length
           scope="token", needs=["reference", "author"])
 def token_quantity(measured_tokens, row):
-    """What PPO, GRPO and their kin are told: see rollouts.py, which measures these."""
+    """What PPO, GRPO and their relatives are told; rollouts.py measures it."""
     raise LookupError("token quantities are measured by rollouts.OnPolicy, not by this objective")
 
 
@@ -244,7 +244,7 @@ def signature(loss):
 
 
 def needs(wants, given=()):
-    """What measuring these names takes, as a set; a name that is `given` takes nothing."""
+    """What measuring these names needs, as a set; a name that is `given` needs nothing."""
     return {need for name in wants if name not in given for need in MEASURED[name].needs}
 
 
@@ -253,9 +253,9 @@ def is_paired(wants):
 
 
 def divisor(loss, units):
-    """What a step divides the sum of the losses by: its units, or where the loss says so, tokens.
+    """What a step divides the summed losses by: the number of its units, or of its tokens.
 
-    A loss says it like this: `token_nll_loss.mean_over = "tokens"`.
+    Tokens, if the loss says so: `token_nll_loss.mean_over = "tokens"`.
     """
     if getattr(loss, "mean_over", "units") == "tokens":
         return sum(unit[0].length for unit in units)
@@ -267,7 +267,8 @@ def divisor(loss, units):
 def logps(policy, units, extra=None):
     """log pi(y|x) of every row of every unit, with gradient.   (b, rows per unit)
 
-    extra: k numbers more per position (model.Policy.forward); their sums follow: (1 + k, b, rows).
+    extra: a function that gives k more numbers per position (model.Policy.forward). Their sums
+    follow log pi in the result: (1 + k, b, rows).
     """
     rows = [row for unit in units for row in unit]
     device = next(policy.parameters()).device
@@ -282,7 +283,7 @@ def logps(policy, units, extra=None):
 
 @torch.no_grad()
 def score(policy, units, what=""):
-    """The same without gradient, shared out over the processes; all of it on each of them.
+    """`logps` without gradient. The processes share the work; each gets the whole result.
 
     -> (len(units), rows per unit) float64 on the CPU. what: the title of a progress bar.
     """
@@ -296,7 +297,7 @@ def score(policy, units, what=""):
             progress.update(len(part) * parallel.size)
     if progress is not None:
         progress.close()
-    if parallel.sharded(policy):                             # no backward drops what was gathered
+    if parallel.sharded(policy):                             # no backward will free its weights
         policy.reshard()
     return parallel.total(table)
 
@@ -305,12 +306,13 @@ def score(policy, units, what=""):
 
 @dataclass
 class Reference:
-    """log pi_ref of a batch: rows of a `table` that was measured once, else a `model` asked anew.
+    """log pi_ref of a batch: from a `table` that was measured once, or from a `model`, every time.
 
-    Without either, log pi_ref is 0: no reference at all. `mix` and `every` make it a moving one
-    (TR-DPO); with `lags` it moves to where the policy was one update before (humanline). HALOs
-    moves it between gradient and update, with the same effect. Moved after the update it would BE
-    the policy at the next step: all log-ratios 0, and nothing to clamp.
+    Without either, log pi_ref is 0: no reference at all. With `mix` and `every` the reference
+    moves (TR-DPO). With `lags` it moves to the weights that the policy had one update ago
+    (humanline); HALOs moves it between gradient and update, with the same effect. If it moved
+    after the update, it would equal the policy at the next step: all log-ratios 0, nothing to
+    clamp.
     """
     table: torch.Tensor = None       # (units of the data set, rows per unit) float64
     model: object = None             # for losses that look at whole distributions, too
@@ -320,9 +322,9 @@ class Reference:
     before: list = None              # the policy's weights as the step began, if it lags
 
     def logps(self, indices, units, policy=None):
-        """Of these units, whose places in the data set are `indices`.   (B, rows per unit)"""
+        """log pi_ref of `units`; `indices` are their places in the data.   (B, rows per unit)"""
         if self.lags:
-            if parallel.sharded(policy):                     # a look without backward gathered it
+            if parallel.sharded(policy):                     # no backward has freed its weights
                 policy.reshard()
             self.before = [p.detach().clone() for p in policy.parameters()]
         if self.table is not None:
@@ -345,15 +347,15 @@ class Reference:
 class Batch:
     units: list                      # of the whole batch, all processes'
     n: int                           # what the loss is a mean over: units, or tokens
-    known: dict                      # what carries no gradient, by name
+    known: dict                      # quantities of the whole batch, by name, no gradient
     ref_logps: torch.Tensor = None   # (units, rows per unit)
     old_logps: torch.Tensor = None   # the same, of the policy that wrote the responses
-    part_size: int = 0               # units of a part, where the loss asks for it; 0: any
+    part_size: int = 0               # units per part, if the loss demands a number; 0: any
 
 
 @dataclass
 class Whole:
-    """A batch before its first backward: what its rows have in common, without gradient."""
+    """A batch before its first backward, for quantities that need all its rows; no gradient."""
     policy: object
     units: list
     ref_logps: torch.Tensor          # (B, rows per unit), None where the loss needs none
@@ -363,7 +365,7 @@ class Whole:
 
     @cached_property
     def log_ratios(self):
-        """Of the rows that are trained.   (B, trained)"""
+        """log pi(y|x) - log pi_ref(y|x) of the trained rows.   (B, trained)"""
         own = score(self.policy, [unit[:self.trained] for unit in self.units])
         return own - self.ref_logps[:, :self.trained]
 
@@ -375,7 +377,7 @@ class Whole:
 
 @dataclass
 class Part:
-    """Some units of a batch, measured: part["chosen_logps"] is what the registry says it is."""
+    """Some units of a batch, measured. part["chosen_logps"] is measured as the registry says."""
     units: list
     logps: torch.Tensor              # (b, trained), with gradient
     ref_logps: torch.Tensor          # (b, trained), or None
@@ -408,7 +410,7 @@ def same_policy(policy):
 # --- objectives ---------------------------------------------------------------------------------
 
 class Objective:
-    """What the loop asks of anything that learns: Preferences below, rollouts.OnPolicy elsewhere.
+    """What the training loop calls. Two classes extend it: Preferences and rollouts.OnPolicy.
 
     Both define batches(policy, step), measure(policy, batch, part), and for the log
     watch(measured, losses), report(sums, batch), tokens(batch), first_look(policy).
@@ -433,9 +435,9 @@ class Preferences(Objective):
                  author=None, passes=1, through=None):
         """given: {measured name: tensor}, set by a flag instead of measured (a fixed z0).
 
-        author(policy, units, step) -> (units, stats): what is written anew at every step, and what
-        the log says of it. None: the data's responses as they are. passes: updates on each batch.
-        through(policy): what is measured in the policy's place (humanline).
+        author(policy, units, step) -> (units, stats): writes new responses at every step; stats
+        go to the log. None: the data's own responses. passes: updates on each batch.
+        through(policy): the model that is measured instead of the policy (humanline).
         """
         super().__init__(loss, hyper, reference)
         self.units = units
@@ -446,7 +448,7 @@ class Preferences(Objective):
         self.author = author
         self.passes = passes
         self.through = through or same_policy
-        self.stats = {}                                      # of what the author wrote
+        self.stats = {}                                      # the author's, for the log
         found = {name: MEASURED[name] for name in self.wants if name not in self.given}
         self.over_batch = [name for name, q in found.items() if q.scope == "batch"]
         self.zero_at_equal = [name for name, q in found.items() if q.zero]
@@ -455,7 +457,7 @@ class Preferences(Objective):
         if any(q.compute is confidence_weight for q in found.values()):
             self.over_positions.append(position_confidence)
 
-    # --- the step's batch, with what is known of all of it
+    # --- the batch of a step, with the quantities of the whole batch
 
     def batches(self, policy, step):
         """The one batch of this step: a function of (data, seed, step)."""
@@ -503,10 +505,10 @@ class Preferences(Objective):
         return Part(units, own, tables[0], position_sums, batch.known, tables[1])
 
     def extra(self, units):
-        """What the policy's forward is to measure at every position: see model.Policy.forward.
+        """A function for model.Policy.forward: what to measure at every position.
 
-        Only the reference's hidden states are kept: its logits are made chunk by chunk, so no
-        two (M, V) tensors are alive.
+        Only the reference's hidden states are kept. Its logits are made chunk by chunk, so that
+        no (M, V) tensor is ever in memory.
         """
         model = None
         if "distributions" in needs(self.wants):
@@ -533,12 +535,12 @@ class Preferences(Objective):
 
 
 if __name__ == "__main__":                       # a lesson: python objective.py
-    import objective                             # the registry that losses know is not __main__'s
+    import objective                             # `measured` filled its registry, not __main__'s
     import recipes
     from plumbing import lessons
 
     told = lessons.comparison(torch.tensor(0.7), "A")
-    groups = []                                  # names of one line: a response's, its rival's ...
+    groups = []                                  # names on one line: chosen, rejected, target
     for name, quantity in objective.MEASURED.items():
         if quantity.row == 0:
             groups.append([])

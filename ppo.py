@@ -1,9 +1,9 @@
-"""The policy writes, a reward judges, and the better tokens become likelier: PPO, GRPO, their kin.
+"""The policy writes, a reward judges, and the better tokens become likelier: PPO, GRPO and others.
 
 Papers: Schulman et al. 2017, "Proximal Policy Optimization Algorithms", arXiv 1707.06347 (PPO);
 Schulman et al. 2015, arXiv 1506.02438 (GAE); for language models: Ziegler et al. 2019,
 arXiv 1909.08593, and Ouyang et al. 2022, arXiv 2203.02155 (InstructGPT); without a critic: Shao
-et al. 2024, arXiv 2402.03300 (GRPO), and what each function below names.
+et al. 2024, arXiv 2402.03300 (GRPO). Each function below names its own paper.
 
     1  a reward model learns from pairs          reward_model_loss
     2  the policy answers a batch of prompts     (rollouts.py: it samples, and a reward judges)
@@ -11,11 +11,11 @@ et al. 2024, arXiv 2402.03300 (GRPO), and what each function below names.
     4  was it better than expected?              of a token, by a critic: gae, whiten
                                                  of a response, by its group: group_advantages,
                                                  centred_, loo_, batch_advantages
-    5  a step, or a few, on the same samples     per token: ppo_loss, grpo_loss, ...
+    5  one or a few steps on these samples       per token: ppo_loss, grpo_loss, ...
        and again from 2
 
-One picture holds the whole family. Where pi is still pi_old, the policy that sampled, each of these
-losses has the gradient of REINFORCE, - sum_t A_t grad log pi(y_t|s_t) / divisor:
+One table holds the whole family. pi_old is the policy that sampled. At pi = pi_old each loss has
+the gradient of REINFORCE, - sum_t A_t grad log pi(y_t|s_t) / divisor:
 
     name        A                                 divided by            once pi has moved
     ppo         per token, critic, whitened       tokens of the batch   clip of each token's ratio
@@ -26,11 +26,11 @@ losses has the gradient of REINFORCE, - sum_t A_t grad log pi(y_t|s_t) / divisor
     dapo        as grpo                           tokens of the batch   clip, wider above than below
     gspo        as grpo                           own length; responses clip of the RESPONSE's ratio
 
-This file is the mathematics and needs torch alone. Its last function, offline_ppo_loss, takes
-PPO's step on thumbs from a file, without any sampling.
+This file is only the mathematics and imports only torch. Its last function, offline_ppo_loss,
+takes PPO's step on thumbs from a file, without any sampling.
 
-The sign. The paper's L^CLIP = E[min(ratio A, clip(ratio) A)] is MAXIMISED. Everything that is
-named *_loss here is its negative, to be minimised.
+The sign. The paper MAXIMISES L^CLIP = E[min(ratio A, clip(ratio) A)]. Every function named *_loss
+here is such a term with a minus sign, to be minimised.
 
 Notation. log is natural. A token is an action y_t, the text before it is its state s_t.
     token_logps      (B, T)  log pi(y_t|s_t) of the policy in training       carries the gradient
@@ -39,12 +39,12 @@ Notation. log is natural. A token is an action y_t, the text before it is its st
     values           (B, T)  V(s_t): what the critic expects from y_t on     carries the gradient
     mask             (B, T)  > 0 on response tokens; elsewhere inputs may hold anything, also NaN
     scores           (B,)    the reward of a whole response
-The two clipped losses give one number per token, 0 where mask is 0; the step divides their sum
-by the number of tokens. They and whiten also take flat rows, (M,): M tokens that all count. So do
-the losses without a critic, whose `mean_over` says what the step divides by, and for them
+ppo_loss and value_loss give one number per token, 0 where mask is 0; the step divides their sum
+by the number of tokens. They and whiten also take flat rows, (M,): M tokens that all count. The
+losses without a critic take only those; `mean_over` says what the step divides by. They also get
     *_advantages     (M,)    A of the response that a token belongs to
     response         (M,)    which response that is, 0 to b - 1
-    response_len     (M,)    and how many tokens it has
+    response_len     (M,)    how many tokens that response has
 float64 in, float64 out.
 """
 
@@ -81,10 +81,10 @@ def kl_estimates(token_logps, ref_token_logps):
 
     With d = log pi(y_t|s_t) - log ref(y_t|s_t), in nats:
         k1 = d               unbiased, but negative wherever a token became less likely: noisy
-        k2 = d^2 / 2         biased, never negative, right to second order near pi = ref
+        k2 = d^2 / 2         biased, never negative, correct to second order near pi = ref
         k3 = e^-d - 1 + d    unbiased and never negative: E e^-d = E ref/pi = 1, and e^x >= 1 + x
     (Schulman 2020, joschu.net/blog/kl-approx.html, from memory.) "Unbiased" holds for samples of
-    pi itself: at another temperature, or from the top p alone, the mean of k1 can be anything.
+    pi itself. With another temperature, or with top-p sampling, the mean of k1 can be anything.
     """
     d = token_logps - ref_token_logps
     largest = math.log(torch.finfo(d.dtype).max) - 1
@@ -100,7 +100,7 @@ def token_rewards(scores, token_logps, ref_token_logps, mask, *, kl_coef=0.05):
     Their sum, averaged over samples of pi, is E[score] - kl_coef KL(pi || ref): what RLHF
     maximises (Ouyang et al., Eq. 2, without its pretraining term). The penalty is k1, although it
     is noisy: as a reward only k1 has the gradient of the KL.
-    0 where mask is 0. A row without any token has nothing to put its score on.
+    0 where mask is 0. A row without any token drops its score.
     """
     on = mask > 0
     position = torch.arange(mask.shape[1], device=mask.device).expand(mask.shape)
@@ -120,9 +120,9 @@ def gae(rewards, values, mask, *, gamma=1.0, lam=0.95):
         A_t       = sum_l>=0 (gamma lam)^l delta_t+l       (1506.02438, Eq. 16), computed backwards:
                   = delta_t + gamma lam A_t+1              (1707.06347, Eq. 11)
         returns_t = A_t + V(s_t)                           what the critic should have said
-    V after the last token is 0. lam = 0 trusts the critic from the next token on: little noise,
-    but the critic's bias. lam = 1 is the sum of the rewards to come minus V(s_t): no bias, all
-    the noise. Where mask is 0, reward and value count as 0.
+    V after the last token is 0. With lam = 0 the critic replaces all rewards after this token:
+    little noise, but the critic's bias. With lam = 1 A_t is the sum of the rewards to come minus
+    V(s_t): no bias, but all the noise. Where mask is 0, reward and value count as 0.
     """
     on = mask > 0
     rewards = torch.where(on, rewards, 0.0)
@@ -143,9 +143,9 @@ def gae(rewards, values, mask, *, gamma=1.0, lam=0.95):
 def whiten(x, mask):
     """(x - mean) / sqrt(var + 1e-8) over the mask, 0 elsewhere; var unbiased.   same shape
 
-    The mean is a baseline: subtracting it leaves the expected gradient as it is. The scale makes
-    learning rate and clip independent of the reward's unit. Do it over the WHOLE batch of
-    rollouts, before it is split: the mean of a micro-batch would be another number.
+    The mean is a baseline: subtracting it does not change the expected gradient. The scale makes
+    the learning rate independent of the reward's unit. Whiten the WHOLE batch of rollouts before
+    it is split: a micro-batch has another mean.
     """
     on = mask > 0
     n = on.sum()
@@ -159,7 +159,7 @@ def whiten(x, mask):
 
 @torch.no_grad()
 def centred_advantages(rewards):
-    """R - mean of the group; exactly 0 where all its rewards are equal.   (n, G) -> (n, G)
+    """R - mean of the group; exactly 0 in a group of equal rewards.   (n, G) -> (n, G)
 
     Paper: Liu et al. 2025, Understanding R1-Zero-Like Training (Dr. GRPO), arXiv 2503.20783
     The baseline contains R itself, so on average this is (G - 1) / G of an unbiased advantage.
@@ -174,9 +174,9 @@ def group_advantages(rewards):
     """(R - mean) / (std + 1e-4) over the group, std unbiased.   (n, G) -> (n, G)
 
     Paper: Shao et al. 2024, DeepSeekMath, arXiv 2402.03300 (4.1.2); 1e-4 and the unbiased std are
-           TRL's, and other code has others
-    Trap: the division gives every prompt the same weight, however little its responses differ. At
-    rewards 0, 0, 0, 1e-3 the advantages are those of 0, 0, 0, 1: noise in the reward is scaled up.
+           TRL's; other code differs
+    Trap: the division gives every prompt the same weight, however little its responses differ.
+    Rewards 0, 0, 0, 0.01 have nearly the advantages of 0, 0, 0, 1: noise in rewards is scaled up.
     """
     return centred_advantages(rewards) / (rewards.std(1, keepdim=True) + 1e-4)
 
@@ -186,8 +186,8 @@ def loo_advantages(rewards):
     """R_i - mean of the G - 1 others.   (n, G) -> (n, G)
 
     Paper: Ahmadian et al. 2024, Back to Basics (RLOO), arXiv 2402.14740
-    The baseline does not know y_i, so the gradient is unbiased. It is centred_advantages times
-    G / (G - 1).
+    The baseline does not depend on y_i, so the gradient is unbiased. The result is
+    centred_advantages times G / (G - 1).
     """
     size = rewards.shape[1]
     return centred_advantages(rewards) * size / (size - 1)
@@ -202,7 +202,7 @@ def batch_advantages(rewards):
 # --- 5. the clipped step --------------------------------------------------------------------------
 
 def clipped(log_ratio, advantages, low, high):
-    """-min(ratio A, clip(ratio, 1 - low, 1 + high) A), which PPO and its kin share.   (M,)"""
+    """-min(ratio A, clip(ratio, 1 - low, 1 + high) A), for PPO, GRPO and others.   (M,)"""
     ratio = log_ratio.clamp(max=MAX_LOG_RATIO).exp()
     clipped_ratio = ratio.clamp(1 - low, 1 + high)
     return torch.maximum(-advantages * ratio, -advantages * clipped_ratio)
@@ -213,8 +213,8 @@ def ppo_loss(token_logps, old_token_logps, advantages, mask, *, clip=0.2):
 
     Paper: Schulman et al. 2017, Proximal Policy Optimization Algorithms, arXiv 1707.06347
            (Eq. 7, negated: a loss to MINIMISE)
-    Idea: the policy gradient on samples of a slightly older policy. A token that has moved by eps
-          in its good direction has no slope left.
+    Idea: the policy gradient on samples of a slightly older policy. A token whose ratio has moved
+          by eps in the direction of its advantage has no slope left.
     At pi = pi_old it is -A, with the gradient -A grad log pi: REINFORCE's. The min is pessimistic:
     a token that moved the WRONG way (A > 0 and ratio < 1 - eps, or A < 0 and ratio > 1 + eps)
     keeps its slope. Departure: a log-ratio above 20 has no slope either, because its ratio would
@@ -229,10 +229,10 @@ def ppo_loss(token_logps, old_token_logps, advantages, mask, *, clip=0.2):
 def value_loss(values, old_values, returns, mask, *, clip_value=0.2):
     """1/2 max((V - G)^2, (V_old + clip(V - V_old, -eps, eps) - G)^2),  G = returns.
 
-    The critic's regression, pessimistic like the policy's loss: a value that has moved by eps
-    towards its target waits for the next rollouts. This is not in the paper but from OpenAI's
-    baselines and TRL. eps is in units of the REWARD: 0.2 is slow where scores are large, and inf
-    switches the clip off.
+    The critic's regression, with a clip like the policy's: a value that has moved by eps towards
+    its target has no slope until the next rollouts. It is not in the paper but in OpenAI's
+    baselines and TRL. eps is in units of the REWARD: 0.2 is slow if scores are large; inf switches
+    the clip off.
     """
     on = mask > 0
     values = torch.where(on, values, 0.0)
@@ -247,7 +247,7 @@ def actor_critic_loss(token_logps, values, old_token_logps, old_values, advantag
     """ppo_loss + vf_coef value_loss, of flat tokens that all count.   (M,)
 
     Paper: Schulman et al. 2017, Proximal Policy Optimization Algorithms, arXiv 1707.06347 (Eq. 9)
-    Idea: one step for the policy and for the critic that tells it what was to be expected.
+    Idea: one step for the policy and for the critic, which predicts the rewards to come.
     Departure: without Eq. 9's entropy bonus; the KL penalty in the rewards already keeps the
     policy from collapsing.
     """
@@ -267,8 +267,8 @@ def grpo_loss(token_logps, old_token_logps, ref_token_logps, group_advantages, r
     Idea: G responses to one prompt are each other's baseline, so there is no critic.
     k3 = e^-d - 1 + d with d = log pi/ref, per token. Its VALUE is an unbiased estimate of
     KL(pi || ref), but its gradient on samples of pi is that of the other direction, KL(ref || pi).
-    Trap: the division by a response's own length makes a token of a long bad response count less,
-    so wrong answers grow long (dr_grpo). Groups with equal rewards have A = 0: only k3 is left.
+    Trap: after the division by its own length, a long bad response loses less per token, so wrong
+    answers grow long (see dr_grpo). Groups with equal rewards have A = 0: only k3 is left.
     """
     step = clipped(token_logps - old_token_logps, group_advantages, clip, clip)
     k3 = kl_estimates(token_logps, ref_token_logps)[2]
@@ -279,10 +279,10 @@ def dr_grpo_loss(token_logps, old_token_logps, centred_advantages, *, clip=0.2, 
     """-min(ratio A, clip(ratio) A) / max_tokens, A = R - mean of the group.
 
     Paper: Liu et al. 2025, Understanding R1-Zero-Like Training (Dr. GRPO), arXiv 2503.20783
-    Idea: GRPO "done right": no division by the own length, none by the std of the group.
-    What is left is REINFORCE with the group as its baseline, (G - 1) / G of the true gradient. The
-    divisor is a constant (the authors: the longest response that may be sampled), which AdamW
-    nearly cancels. Trap: A is in the reward's units, so scaling the reward scales the step.
+    Idea: GRPO without its two divisions: by the response's length and by the group's std.
+    What is left is REINFORCE with the group's mean as baseline: (G - 1) / G of the true gradient.
+    The divisor is a constant (the authors: the longest response that may be sampled); AdamW
+    nearly cancels it. Trap: A is in the reward's units, so scaling the reward scales the step.
     """
     return clipped(token_logps - old_token_logps, centred_advantages, clip, clip) / max_tokens
 
@@ -291,10 +291,10 @@ def dapo_loss(token_logps, old_token_logps, group_advantages, *, clip_low=0.2, c
     """-min(ratio A, clip(ratio, 1 - clip_low, 1 + clip_high) A) over the TOKENS of the batch.
 
     Paper: Yu et al. 2025, DAPO, arXiv 2503.14476 (Eq. 8)
-    Idea: all tokens count alike, and an unlikely token has more room to grow than to shrink: at
-    clip 0.2 one of probability 0.01 may only reach 0.012, and exploration dies ("clip higher").
-    Departures: groups with equal rewards are not sampled again but have A = 0 (`ties` in the log);
-    no penalty for responses that are too long.
+    Idea: all tokens have equal weight, and a token has more room to grow than to shrink.
+    With clip 0.2 a token of probability 0.01 may only grow to 0.012, so exploration dies; hence
+    the larger clip_high. Departures: groups with equal rewards are not sampled again but have A = 0
+    (`ties` in the log); no penalty for responses that are too long.
     """
     return clipped(token_logps - old_token_logps, group_advantages, clip_low, clip_high)
 
@@ -304,17 +304,17 @@ def gspo_loss(token_logps, old_token_logps, group_advantages, response, response
     """-min(s A, clip(s) A) / length on each token, s = exp(mean of the response's log-ratios).
 
     Paper: Zheng et al. 2025, Group Sequence Policy Optimization, arXiv 2507.18071 (Eq. 5 and 7)
-    Idea: the reward is a response's, so the ratio and its clip are, too: all its tokens or none.
-    Its tokens share the response's loss evenly, so their sum is the paper's term. s is a mean over
-    tokens, no product: it hardly leaves 1, hence clips of a few 1e-4. At the first update after
-    sampling s = 1, and this is GRPO without k3.
+    Idea: a reward belongs to a response, so the ratio and the clip do too: all its tokens or none.
+    The tokens share the response's loss evenly, so their sum is the paper's term. s is a geometric
+    mean of ratios, not their product: it stays near 1, hence clips of a few 1e-4. At the first
+    update after sampling s = 1, and the gradient is that of GRPO without k3.
     """
     log_ratio = mean_log_ratio(token_logps - old_token_logps, response)
     return clipped(log_ratio, group_advantages, clip_low, clip_high) / response_len
 
 
 def mean_log_ratio(log_ratio, response):
-    """The mean over a token's response, on each of its tokens.   (M,), (M,) -> (M,)"""
+    """The mean over each response, repeated on all its tokens.   (M,), (M,) -> (M,)"""
     total = torch.zeros_like(log_ratio).index_add(0, response, log_ratio)
     return (total / response.bincount(minlength=len(total)).clamp(min=1))[response]
 
@@ -325,8 +325,8 @@ def rloo_loss(token_logps, loo_advantages):
     Paper: Ahmadian et al. 2024, Back to Basics (RLOO), arXiv 2402.14740
     Idea: after SFT a language model needs no clip and no critic: REINFORCE with a good baseline.
     A response is one action: its tokens' terms add up to -A log pi(y|x). R contains the penalty
-    -kl_coef log pi/ref (the recipe's flag). Trap: there is no ratio that would correct for a policy
-    that has moved on, so a sample is good for one update. The loss itself says nothing: watch R.
+    -kl_coef log pi/ref (the recipe's flag). Trap: no ratio corrects for a policy that has moved, so
+    a sample is good for one update only. The value of the loss says nothing: watch R.
     """
     return -loo_advantages * token_logps
 
@@ -335,7 +335,7 @@ def reinforce_loss(token_logps, batch_advantages):
     """-A log pi(y_t|s_t), A = R - mean over the batch.
 
     Paper: Williams 1992, Simple statistical gradient-following algorithms, Machine Learning 8
-    Idea: what was better than average becomes likelier; all else here is a refinement of this.
+    Idea: what was better than average becomes likelier; every other method here refines this.
     Works with one response per prompt. Trap: the baseline mixes prompts, so on an easy prompt even
     a poor response is pushed up. R contains the KL penalty, as in rloo.
     """
@@ -347,9 +347,9 @@ def humanline_grpo_loss(token_logps, old_token_logps, ref_token_logps, group_adv
     """grpo_loss of log-ratios clamped to [log_eps_p, log_eps_r], before PPO's clip.
 
     Paper: Liu et al. 2025, Humanline: Online Alignment as Perceptual Loss, arXiv 2509.24207
-    Idea: people misjudge extreme probabilities; a token that is too far off is not perceived.
-    PPO's clip keeps the slope of a token that has moved the WRONG way; beyond the clamp it has none
-    either. Within it this is GRPO, so the two differ only where pi is far from pi_old. Source:
+    Idea: people misjudge extreme probabilities; a token whose ratio is extreme gets no gradient.
+    PPO's clip keeps the slope of a token that has moved the WRONG way; the clamp removes that one
+    too. Within the clamp this is GRPO, so the two differ only where pi is far from pi_old. Source:
     the authors' HALOs, train/trainers.py, where the ratio is to a reference that follows the
     policy; here it is to the policy that sampled.
     """
@@ -359,16 +359,16 @@ def humanline_grpo_loss(token_logps, old_token_logps, ref_token_logps, group_adv
     return (step + kl_coef * k3) / response_len
 
 
-# --- offline: thumbs as episodes of one step ------------------------------------------------------
+# --- offline: each thumb is an episode of one step ------------------------------------------------
 
 def offline_ppo_loss(logratios, desirable, *, clip=0.5, kl_coef=0.1):
     """-min(ratio A, clip(ratio, eps, 1/eps) A) - kl_coef r,  r = log pi/ref, ratio = e^r.   (B,)
 
     Paper: Ethayarajh et al. 2024, KTO: Model Alignment as Prospect Theoretic Optimization,
            arXiv 2402.01306 (its offline PPO baseline)
-    Idea: PPO's clipped step on somebody else's responses, as if the reference had sampled them;
+    Idea: PPO's clipped step on responses from a file, as if the reference had sampled them;
           the advantage A is +1 for a desirable response and -1 for an undesirable one.
-    clip is HALOs' cliprange: the ratio counts between clip and 1 / clip. Under that same reading
+    clip is HALOs' cliprange: the ratio is cut to [clip, 1 / clip]. For samples of the reference
     E[-r] is KL(ref || pi), hence the sign of the penalty: it raises every response a little.
     Departures from HALOs' trainer: the response is ONE action (they take ratios per token), so
     there is no critic, no GAE and nothing to whiten. r is cut at 20 as in ppo_loss.
@@ -381,7 +381,7 @@ def offline_ppo_loss(logratios, desirable, *, clip=0.5, kl_coef=0.1):
     return clipped_step - kl_coef * logratios
 
 
-actor_critic_loss.mean_over = "tokens"   # of the batch; the others: a sum per response, then a mean
+actor_critic_loss.mean_over = "tokens"   # the others: a sum per response, then a mean over those
 dapo_loss.mean_over = "tokens"
 
 LOSSES = {                               # name on the command line -> function

@@ -1,22 +1,24 @@
-"""The same curves with another mask, another reference, other data, another author.
+"""A recipe is a whole method: a loss, its data, its mask and its reference.
 
-A preference method answers four questions, and a recipe holds the answers:
+For example, LD-DPO is DPO's loss with another mask, and TR-DPO is DPO's loss with a reference that
+moves. A method answers four questions. Each answer is a function in a field of the recipe:
 
-    Who wrote the responses?              stage_units     the data; the last stage's policy (SPIN)
-                                          objective       the policy, at every step (--online)
-    Which tokens, how much of each?       prepare         all; a down-weighted tail (LD-DPO)
-    Compared with what?                   reference       a frozen model; a moving one; nothing
-                                          objective       ... token by token (humanline)
-    Which curve is put on it?             loss            kto.py, dpo_variants.py, ppo.py
+    question                               field           answers
+    Who wrote the responses?               stage_units     the data; the last stage's policy (SPIN)
+                                           objective       the policy, at every step (--online)
+    Which tokens count, and how much?      prepare         all alike; a long tail less (LD-DPO)
+    What is the policy compared with?      reference       a frozen model; a moving one; nothing
+                                           objective       the same, but clamped (humanline)
+    Which function is minimised?           loss            one of kto.py, dpo_variants.py, ppo.py
 
-Every answer is a function. A loss without an entry here is a recipe with the usual answers, so
-`find` gives a recipe for any name that --loss takes. A new recipe is one entry.
+A loss without an entry below is a recipe with the default answers, so `find` gives a recipe for
+any name that --loss takes. A new recipe is one entry.
 
 The functions get `run` (plumbing/run.py), which knows the settings and loads models:
     run.config, run.options        settings of the run; the recipe's own flags, z0, slic_target
-    run.policy, run.tokenizer      what is trained; what turns text into tokens
-    run.reference_folder           of the model that this stage is compared with
-    run.load_reference()           that model, frozen
+    run.policy, run.tokenizer      the model in training; its tokenizer
+    run.reference_folder           the folder of this stage's reference
+    run.load_reference()           the reference, frozen
 """
 
 import json
@@ -47,11 +49,11 @@ def units_for_loss(units, run):
     wants = run.recipe.wants
     if run.recipe.online:
         return prompts_once(units)
-    if not is_paired(wants) and "desirable" not in wants:    # it knows no labels: it imitates
+    if not is_paired(wants) and "desirable" not in wants:    # SFT: it imitates, without labels
         units = good_ones(units, run)
     if "preferred" in wants:                                 # files put the preferred one first
         units = in_random_order(units, run.config.seed)
-    if "target_logps" not in wants:                          # a target is SLiC's and XPO's alone
+    if "target_logps" not in wants:                          # only SLiC and XPO use a target
         units = [unit[:2] for unit in units]
     for name, column in (("score_gap", "score"), ("chosen_win_prob", "win_prob")):
         if name in wants:
@@ -98,29 +100,29 @@ def require_gap(units, run):
 
 
 def tail_counts_less(units, run):
-    """LD-DPO: beyond the shorter response's length, the longer one's tokens count ld_alpha."""
+    """LD-DPO: the longer response's tokens beyond the shorter one's length weigh ld_alpha."""
     return [data.length_desensitised(unit, run.options["ld_alpha"]) for unit in units]
 
 
 def last_tokens(units, run):
-    """A reward is read at the last token."""
+    """Only the last token counts: the reward is read there."""
     return [tuple(rewards.last_token(row) for row in unit[:2]) for unit in units]
 
 
 def prompts_once(units):
-    """The policy writes its own responses: each prompt once. Labels only say which come first."""
+    """Each prompt once, since the policy writes the responses. Labels only decide the order."""
     liked_first = sorted(units, key=lambda unit: unit[0].desirable is False)
     return list({unit[0].prompt_key: unit[:1] for unit in liked_first}.values())
 
 
-# --- who wrote them, stage by stage -------------------------------------------------------------
+# --- who wrote the responses, stage by stage ----------------------------------------------------
 
 def the_data(run, units, stage):
     return units
 
 
 def easy_first(run, units, stage):
-    """sDPO: chunks of the pairs, in the order in which the first reference prefers them."""
+    """sDPO: one chunk of pairs per stage; pairs that the first reference ranks right come first."""
     logps = run.reference_table(units, run.out / "ordering.safetensors", "ordering by difficulty",
                                 every_row=True)
     order = (logps[:, 1] - logps[:, 0]).argsort(stable=True).tolist()
@@ -156,7 +158,7 @@ def own_answers(run, policy, units, seed, desirable=None):
 
 
 def with_own_answers(run):
-    """KTO's z0 on policy: y' is what the policy says to the same prompt, at every step anew."""
+    """`--z0 on_policy`: y' is a new response of the policy to the same prompt, at every step."""
     def author(policy, units, step):
         own = own_answers(run, policy, units, [run.config.seed, step])
         return [(*unit, answer) for unit, answer in zip(units, own)], {}
@@ -177,18 +179,18 @@ def judged_answers(run, reference):
             units += preferences_of(rows[group], scores[group])
         if "preferred" in wants:
             units = in_random_order(units, [run.config.seed, step])
-        if "target_logps" in wants:                          # of SLiC and XPO: the reference's
+        if "target_logps" in wants:                          # SLiC, XPO: the reference writes it
             said = own_answers(run, reference.model, units, [run.config.seed, step, 1], True)
             units = [(*unit, row) for unit, row in zip(units, said)]
-        if "partners" in needs(wants, run.given):            # y is a sample of pi itself: z0 is
-            units = [(*unit, unit[0]) for unit in units]     # KL(pi || ref) as the paper defines it
+        if "partners" in needs(wants, run.given):            # y' = y is a sample of pi, so z0
+            units = [(*unit, unit[0]) for unit in units]     # estimates the paper's KL(pi || ref)
         return units, stats
     return write
 
 
 def sampled_once(run, units, path, policy, *, desirable):
-    """The same for a whole data set; kept in `path`, so that a resumed run reads them."""
-    if run.config.dry_run:                                   # another row's, to estimate the cost
+    """One response to each unit's prompt, kept in `path`, so that a resumed run reads them."""
+    if run.config.dry_run:                                   # other rows, to estimate the cost
         return [units[k - 1][0] for k in range(len(units))]
     prompts = prompts_of(units)
     if not path.is_file():
@@ -205,10 +207,10 @@ def sampled_once(run, units, path, policy, *, desirable):
     return as_rows(units, read_json(path, f"--resume: {path.parent}", list), desirable)
 
 
-# --- compared with what -------------------------------------------------------------------------
+# --- what the policy is compared with -----------------------------------------------------------
 
 def frozen(run, units, stage):
-    """Log-probs measured once and kept with the run; the model stays only if steps ask for it."""
+    """Its log-probs are measured once and stored; the model stays only if every step needs it."""
     needed = needs(run.recipe.wants, run.given)
     asked = run.recipe.online and "target_logps" in run.recipe.wants   # it writes the target
     if "reference" not in needed and not asked:
@@ -230,7 +232,7 @@ def moving(run, units, stage):
 
 
 def following(run, units, stage):
-    """Humanline: where the policy was one update ago. With ref_every > 1 it stays for a while."""
+    """Humanline: the policy as it was one update ago, copied every ref_every steps."""
     return Reference(model=run.load_reference(), mix=1.0, every=run.options["ref_every"], lags=True)
 
 
@@ -240,10 +242,10 @@ def nothing(run, units, stage):
 
 
 class Clamped:
-    """Humanline: a policy as people see it, no token further than [low, high] nats from `model`.
+    """Humanline: the policy, with each token's log-ratio to `model` clamped to [low, high] nats.
 
-    log pi~ = log ref + clamp(log pi - log ref, low, high), token by token. So a log-ratio to
-    `model` is a sum of clamped ones, whatever asks for it; beyond the clamp there is no gradient.
+    log pi~ = log ref + clamp(log pi - log ref, low, high), token by token. So every log-ratio to
+    `model` is a sum of clamped ones. Beyond the clamp there is no gradient.
     """
 
     def __init__(self, policy, model, low, high):
@@ -255,11 +257,11 @@ class Clamped:
         row = ids, positions, lengths, predict, targets
         with torch.no_grad():
             ref_logps = self.model(*row)
-        if parallel.sharded(self.model):                     # no backward drops what was gathered
+        if parallel.sharded(self.model):                     # no backward will free its weights
             self.model.reshard()
         return ref_logps + (self.policy(*row) - ref_logps).clamp(self.low, self.high)
 
-    def __getattr__(self, name):                             # all else is the policy's
+    def __getattr__(self, name):                             # anything else is the policy's
         return getattr(self.policy, name)
 
 
@@ -319,9 +321,9 @@ token_nll_loss.mean_over = "tokens"
 
 
 def good_nll_loss(logps, lengths, desirable):
-    """-log pi(y|x) / n where desirable, 0 where not, n tokens.   (B,)
+    """-log pi(y|x) / n where desirable, 0 where not; n tokens in y.   (B,)
 
-    The SFT of a sum such as "kto + 0.1*sft": one number per response, like the other terms.
+    The SFT term of a sum such as "kto + 0.1*sft": one number per response, as in the other terms.
     """
     return torch.where(desirable, -logps / lengths, torch.zeros_like(logps))
 
@@ -335,7 +337,7 @@ class Recipe:
     learner: Callable = language_model     # run -> the module that is trained
     objective: Callable = preferences      # (run, units, reference) -> objective.Objective
     flags: dict = field(default_factory=dict)
-    like: str = ""                         # the loss whose settings in the embedded world it takes
+    like: str = ""                         # the loss whose settings it takes in the embedded world
     feedback: str = ""                     # pairs, thumbs, sessions (their turns), replies, prompts
     paper: str = ""
     idea: str = ""
@@ -366,8 +368,8 @@ DPO = dpo_variants.dpo_loss
 class Sum:
     """"dpo + 0.1*sft" as one loss: its measured names are the union of its terms'.
 
-    Terms share a setting of one name. Where their defaults differ it is None, and each term keeps
-    its own until a flag sets all of them.
+    A setting that several terms have, such as beta, is one flag for all of them. If their defaults
+    differ, its default is None: without the flag each term keeps its own.
     """
 
     def __init__(self, text):
@@ -423,7 +425,7 @@ RECIPES = {
         DPO, prepare=tail_counts_less, flags={"ld_alpha": 0.5}, like="dpo",
         paper="Liu et al. 2024, Length Desensitization in Direct Preference Optimization, "
               "arXiv 2409.06411",
-        idea="beyond the shorter response's length, the longer one's tokens count ld_alpha"),
+        idea="the longer response's tokens beyond the shorter one's length weigh ld_alpha"),
     "tr_dpo": Recipe(
         DPO, reference=moving, flags={"ref_mix": 0.6, "ref_every": 512}, like="dpo",
         paper="Gorbatovski et al. 2024, Learn Your Reference Model for Real Good Alignment, "
@@ -433,19 +435,20 @@ RECIPES = {
     "sdpo_stepwise": Recipe(
         DPO, stage_units=easy_first, flags={"stages": 2}, like="dpo",
         paper="Kim et al. 2024, sDPO: Don't Use Your Data All at Once, arXiv 2403.19270",
-        idea="the pairs in chunks, easy ones first; each chunk against the policy that the one "
-             "before left"),
+        idea="the pairs in chunks, easy ones first; a chunk's reference is the policy after the "
+             "chunk before"),
     "sdpo_segment": Recipe(
         DPO, feedback="sessions", like="dpo",
         paper="Kong et al. 2025, SDPO: Segment-Level DPO for Social Agents, arXiv 2501.01821",
-        idea="of two conversations only the agent's turns of one segment count, as many in both"),
+        idea="in each of two conversations only the agent's turns of one segment count, as many "
+             "in both"),
     "spin": Recipe(
         DPO, prepare=good_ones, stage_units=self_play, flags={"stages": 3}, feedback="replies",
         like="dpo",
         paper="Chen et al. 2024, Self-Play Fine-Tuning Converts Weak Language Models to Strong "
               "Language Models, arXiv 2401.01335",
-        idea="the rejected response is the last stage's own, so that imitation goes on where SFT "
-             "ends"),
+        idea="the rejected response is written by the last stage's policy, so that imitation goes "
+             "on where SFT ends"),
     "dpo_reference_free": Recipe(
         DPO, reference=nothing, like="dpo",
         paper="Rafailov et al. 2023, arXiv 2305.18290, with a uniform reference",
@@ -467,8 +470,8 @@ RECIPES = {
         feedback="pairs", like="rm",
         paper="Ouyang et al. 2022, Training language models to follow instructions with human "
               "feedback, arXiv 2203.02155",
-        idea="a reward for every response, under which the annotator's choices are likeliest; "
-             "PPO's judge"),
+        idea="fit a reward under which the annotator's choices are likeliest; PPO uses it as its "
+             "judge"),
     "ppo": Recipe(
         ppo.actor_critic_loss, learner=actor_and_critic,
         objective=on_policy, feedback="prompts", like="ppo",
@@ -492,19 +495,19 @@ FLAGS = {                                                # what --help says of a
     "ref_every": "steps from one move of the reference to the next",
     "log_eps_p": "a token's log-ratio is at least this",
     "log_eps_r": "a token's log-ratio is at most this",
-    "stages": "times --steps; each stage starts from the last one's policy",
+    "stages": "how often --steps are run; each stage starts from the last one's policy",
     "slic_target": "what is imitated: sample (of the reference), chosen, data (column target)",
     "reward": "the judge: a reward model's folder, file.py:function; on the world `world`",
     "group": "responses to each prompt",
-    "kl_coef": "price of a nat of KL, in points of reward",
-    "gamma": "what a point is worth one token later",
+    "kl_coef": "penalty for each nat of KL, in units of reward",
+    "gamma": "discount of rewards, per token",
     "lam": "lambda of generalised advantage estimation",
     "ppo_epochs": "passes over the responses of a step",
     "minibatches": "updates in a pass",
     "target_kl": "no further pass once the policy has moved so many nats per token; 0: never",
 }
 
-# PPO's kin: no critic. Those whose curve knows pi_old may take several steps on the same responses.
+# No critic. Losses that name old_token_logps may take several updates on the same responses.
 ONE_UPDATE = {"reward": "", "group": 8, "kl_coef": 0.0}
 UPDATES = {"ppo_epochs": 1, "minibatches": 1, "target_kl": 0.0}
 for name in ("grpo", "dr_grpo", "dapo", "gspo", "rloo", "reinforce", "humanline_grpo"):
@@ -516,8 +519,8 @@ for name in ("grpo", "dr_grpo", "dapo", "gspo", "rloo", "reinforce", "humanline_
 
 
 def online(recipe, name):
-    """--online: the same curve, on responses that the policy writes and a reward judges."""
-    if recipe.online:                                        # PPO and its kin always are
+    """--online: the same loss on responses that the policy writes and a reward judges."""
+    if recipe.online:                                        # PPO and its relatives always are
         return recipe
     learns = recipe.paired or "desirable" in recipe.wants
     plain = (recipe.prepare in (None, require_target) and not recipe.feedback

@@ -1,4 +1,4 @@
-"""Which tokens, and how much of each: from examples to rows, units and flat batches.
+"""From examples to tokens: rows with a mask, units, and flat batches.
 
     {"prompt": "Why?", "completion": "No.", "label": true}    a line of a file
 
@@ -6,15 +6,14 @@
     encode     -> (row,)      ids   W h y ? N o . <end>       one token per byte, here
                               mask  0 0 0 0 1 1 1 1
     mismatched -> (row, y')   ids   W h y ? F a n s . <end>   the response of another prompt's row
-    flatten    -> Flat        all rows of a part end to end, on the device; nobody ever sees a pad
+    flatten    -> Flat        all rows of a part end to end, on the device, without padding
 
-A row is one sequence, prompt and response. Its mask says what counts: 1 on the tokens of the
-response, or on the assistant's turns of it that are asked for. Prompt and response are encoded
-apart and joined, so no token straddles the border. plumbing/chat.py does that, of texts and of
-conversations.
-A unit is what one example of a loss consists of: (y,), (y, y') or (chosen, rejected[, target]).
+A row is one sequence, prompt and response. Its mask says which tokens count: 1 on the tokens of the
+response, or only on the assistant's turns that --turns selects. Prompt and response are encoded
+separately and joined, so no token spans both (plumbing/chat.py, for texts and conversations).
+A unit is the rows of one example of a loss: (y,), (y, y') or (chosen, rejected[, target]).
 
-`python data.py FILE` shows the first batch in colour; without FILE, that of a made-up one.
+`python data.py FILE` shows the first batch of FILE in colour; without FILE, of a made-up one.
 """
 
 import sys
@@ -34,7 +33,7 @@ from plumbing.formats import Feedback, final_text
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One sequence: prompt ++ response. Its arrays cannot be written to: rows share them."""
+    """One sequence: prompt ++ response. Its arrays are read-only, because rows share them."""
     prompt: np.ndarray                  # (P,) token ids, 16 bits each where that is enough
     response: np.ndarray                # (T - P,) the same
     mask: np.ndarray                    # (T,) float32, > 0 on the tokens that count
@@ -55,7 +54,7 @@ class Row:
 
     @property
     def prompt_key(self):
-        """What the model sees of the prompt: prompts cut to the same tokens are the same."""
+        """The prompt's tokens as bytes: two prompts cut to the same tokens are the same."""
         return self.prompt.astype(np.int32).tobytes()
 
     @property
@@ -81,7 +80,7 @@ def make_row(prompt, response, *, desirable=True, where="", train_prompt=False, 
 
 
 def frozen(ids):
-    """Token ids as an array that cannot be written to; such an array is not copied.
+    """Token ids as a read-only array; an array that is read-only already is not copied.
 
     A million rows should fit into memory: ids below 65,536 take 2 bytes each, others 4.
     """
@@ -95,7 +94,7 @@ def frozen(ids):
 
 
 def response_mask(n_prompt, n_response):
-    """0 0 0 1 1 1 1: part of one long array, because nearly all rows have such a mask."""
+    """0 0 0 1 1 1 1, a view into one long array: nearly all rows have such a mask."""
     size = 1 << max(n_prompt, n_response).bit_length()
     return zeros_then_ones(size)[size - n_prompt:size + n_response]
 
@@ -127,8 +126,8 @@ def encode(examples, tokenizer, *, max_len=1024, max_prompt_len=512, add_eot=Tru
 
     A long prompt loses its LEFT end (the question is at the right), a long response its RIGHT end.
     A response that was cut, here or when it was sampled, gets no end-of-text.
-    Dropped and counted are empty responses, rows without a trained token after the cut, and pairs
-    whose sides are the same. Duplicates are kept and counted.
+    Three kinds are dropped and counted: empty responses, rows whose trained tokens were all cut
+    away, and pairs whose sides are the same. Duplicates are kept and counted.
     """
     check(max_len, max_prompt_len, turns)
     units = []
@@ -172,7 +171,7 @@ def check(max_len, max_prompt_len, turns):
 
 
 class Side(NamedTuple):
-    """A response of an example, and what is known of it."""
+    """A response of an example, with its label, score and win probability."""
     answer: str | tuple | None          # None: a prompt alone
     desirable: bool | None
     score: float | None = None
@@ -204,7 +203,7 @@ def cut_left(ids, room, bos):
 
 
 def count(units, counts):
-    """Labels, duplicates and prompts, as the model sees them. Texts are known by their hashes."""
+    """Count labels, duplicates and prompts, after the cut; texts are compared by their hashes."""
     texts = {True: set(), False: set(), None: set()}      # of each label
     prompts = {True: set(), False: set(), None: set()}
     names = {True: "desirable", False: "undesirable", None: "prompts alone"}
@@ -238,10 +237,9 @@ def length_desensitised(unit, alpha):
 
 
 def mismatched(row, partner, max_len):
-    """(x, y'): this row's prompt with another row's response, cut where both are too long.
+    """(x, y'): this row's prompt with another row's response, cut to max_len tokens in all.
 
-    A response of several turns begins at its first trained token: what stands before that is
-    another conversation.
+    y' begins at the partner's first trained token: the turns before it are another conversation.
     """
     trained = partner.mask[partner.n_prompt:]
     start = int(np.flatnonzero(trained)[0])
@@ -266,10 +264,10 @@ def mismatch(prompts):
     """For each row i the index j of a row with ANOTHER prompt: y_j is then no answer to x_i.
 
         prompts   a a b c       the largest group, a, has m = 2 rows
-        partners  2 3 0 1       the rows, group by group, turned by m places
+        partners  2 3 0 1       the rows, sorted by group, shifted by m places
 
-    No group is longer than m, so nobody lands in their own. It is a permutation if 2 m <= n. If
-    one prompt holds more than half of the n rows, the others take turns as its partners.
+    No group is longer than m, so no row gets a partner of its own group. It is a permutation if
+    2 m <= n. If one prompt has more than half of the n rows, the others take turns as its partners.
     ValueError if all prompts are the same.
     """
     groups = {}
@@ -291,10 +289,10 @@ def mismatch(prompts):
 
 
 def lambda_weights(n_desirable, n_undesirable, *, ratio=4 / 3):
-    """(lambda_d, lambda_u) with lambda_d n_d / (lambda_u n_u) = ratio, the smaller of them 1.
+    """(lambda_d, lambda_u) with lambda_d n_d / (lambda_u n_u) = ratio; the smaller one is 1.
 
-    KTO, Eq. 9 (version 4; the first version and TRL say 4/3 at most): the ratio belongs in
-    [1, 3/2], so that a rare class is not drowned. A count of 0 gives (1.0, 1.0).
+    KTO, Eq. 9: the ratio should lie in [1, 3/2] (version 4; the first version and TRL: up to 4/3),
+    so that a rare class has enough weight. A count of 0 gives (1.0, 1.0).
     """
     if not 1 <= ratio <= 1.5:
         raise ValueError(f"ratio is {ratio}; KTO's Eq. 9 asks for 1 <= ratio <= 3/2")
@@ -310,7 +308,7 @@ def lambda_weights(n_desirable, n_undesirable, *, ratio=4 / 3):
 
 @lru_cache(maxsize=4)
 def epoch_order(n, seed, epoch):
-    """The order of n rows in an epoch: any process or resumed run knows it without asking."""
+    """The order of n rows in an epoch; the same on every process and in a resumed run."""
     order = np.random.default_rng([seed, epoch]).permutation(n)
     order.setflags(write=False)                           # it is cached, so it is shared
     return order
@@ -328,7 +326,7 @@ def batch_rows(n, batch_size, *, seed, step):
 
 
 def token_batches(items, budget):
-    """Rows or units in consecutive ranges of at most `budget` tokens, but of at least one item."""
+    """Consecutive ranges of rows or units, of at most `budget` tokens but at least one item."""
     start, tokens = 0, 0
     for index, item in enumerate(items):
         rows = [item] if isinstance(item, Row) else item
@@ -344,8 +342,8 @@ def token_batches(items, budget):
 # --- rows to one flat row -------------------------------------------------------------------------
 
 class Flat(NamedTuple):
-    """Sequences end to end, on the device: what a policy's forward takes, and what turns its
-    answer into one number per sequence. N tokens in all, M of them count, B sequences.
+    """Sequences end to end, on the device. The first five fields are the input of a policy's
+    forward; `sums` adds its output up per sequence. N tokens, M of them count, B sequences.
 
         two rows       W h y ? N o <end>  W h o ? I <end>      response in the mask
         positions      0 1 2 3 4 5 6      0 1 2 3 4 5
@@ -358,14 +356,14 @@ class Flat(NamedTuple):
     lengths: list                       # (B,) ints; shared prompts: a tuple (p, n_1, n_2, ...)
     predict: torch.Tensor               # (M,) index of the token before each token that counts
     targets: torch.Tensor               # (M,)
-    mask: torch.Tensor                  # (M,) its weight
-    sequence: torch.Tensor              # (M,) whose it is
+    mask: torch.Tensor                  # (M,) the target's weight
+    sequence: torch.Tensor              # (M,) the target's sequence, 0 to B - 1
     rows: int                           # B
 
     def sums(self, logps):
         """sum_t mask_t log pi(y_t | x, y_<t) of each sequence, added up in float64.  (M,) -> (B,)
 
-        In float32 a sum over 400 tokens would be off by up to 8e-5: a log-ratio of its own.
+        In float32 a sum over 400 tokens would be off by up to 8e-5, as large as a log-ratio.
         """
         wide = torch.float64
         if logps.device.type == "mps":
@@ -377,12 +375,12 @@ class Flat(NamedTuple):
 def flatten(rows, device="cpu", share=False):
     """Rows end to end.
 
-    share: consecutive rows with one prompt become [x][y_1][y_2]: the prompt is there, and is
-    computed, once. Then the first token of y_2 is predicted by the last token of x.
+    share: consecutive rows with the same prompt become [x][y_1][y_2]. The prompt is computed only
+    once, and its last token predicts the first token of y_2.
     """
     skipped, starts = [], []
     end = 0
-    prompt_ends = {}                    # where a response starts that shares -> its prompt's end
+    prompt_ends = {}                    # start of a response without its own prompt -> prompt's end
     for index, row in enumerate(rows):
         if share and index and may_share(rows[index - 1], row):
             skipped.append(row.n_prompt)
@@ -415,7 +413,7 @@ def flatten(rows, device="cpu", share=False):
 
 
 def lengths_of(sizes, skipped):
-    """A length per sequence; where several share a prompt of p tokens, one (p, n_1, n_2, ...)."""
+    """A length per sequence, but one (p, n_1, n_2, ...) for those that share a prompt of p."""
     lengths = []
     for size, skip in zip(sizes, skipped):
         if not skip:
@@ -428,7 +426,7 @@ def lengths_of(sizes, skipped):
 
 
 def may_share(first, row):
-    """Has `row` the prompt of `first`, and does nothing in it train? Then it can follow."""
+    """True if `row` has the prompt of `first`, and the prompt is not trained."""
     p = row.n_prompt
     if not 0 < p < len(row.mask) or row.mask[:p].any():
         return False

@@ -1,12 +1,12 @@
 """Did it work? Win rate with an interval, true reward, KL, malformed replies, samples side by side.
 
-Numbers come from samples at temperature 1, for the policy is that distribution. Samples to look at
+Numbers are measured on samples at temperature 1, the policy's own distribution. Samples for reading
 have temperature 0.7.
 
-    win rate   P(u(policy's reply) > u(reference's)), a tie counts half. In the embedded world each
-               reply meets all of the reference's to the same (device, problem) cell; elsewhere
-               there is one reply each to a prompt
-    interval   95 % bootstrap over CLUSTERS: (device, problem) cells are drawn, not prompts, for
+    win rate   P(u(policy's reply) > u(reference's)); a tie counts half. In the embedded world each
+               reply is compared with all replies of the reference in its (device, problem) cell;
+               elsewhere each model gives one reply per prompt
+    interval   95 % bootstrap over CLUSTERS: it draws (device, problem) cells, not prompts, because
                four wordings of one problem are not four independent problems
     KL         KL(pi || pi_ref), nats per reply = E_{y ~ pi} sum_t KL(pi(.|s_t) || pi_ref(.|s_t)):
                next-token KLs are exact, only the prefixes s_t are sampled
@@ -16,12 +16,12 @@ have temperature 0.7.
     python evaluate.py out/mine [--data FILE]      a run on files: both answer held-out prompts
     python evaluate.py out/mine --judge JUDGE      a reward model's folder, or file.py:function
     python evaluate.py out/mine --export_pairs pairs.jsonl     blinded, for people or an LLM
-    python evaluate.py out/mine --verdicts verdicts.jsonl      what they said (plumbing/judges.py)
+    python evaluate.py out/mine --verdicts verdicts.jsonl      their verdicts (plumbing/judges.py)
 
-Answers are sampled once and stay in comparison.jsonl: every judge reads the same texts. An LLM that
-judges may be told, of each line of pairs.jsonl: "Here are a message and two answers to it. Which
-answer is better: more helpful, harmless and concise? An answer is not better for being longer or
-for coming first. Reply with one word: a, b or tie."
+Answers are sampled once and stored in comparison.jsonl, so every judge reads the same texts. A
+prompt for an LLM as judge, with each line of pairs.jsonl: "Here are a message and two answers to
+it. Which answer is better: more helpful, harmless and concise? An answer is not better for being
+longer or for coming first. Reply with one word: a, b or tie."
 """
 
 import argparse
@@ -51,7 +51,7 @@ from plumbing.tokenizer import load_tokenizer
 # --- measuring ------------------------------------------------------------------------------------
 
 def bootstrap_ci(values, clusters, *, seed=0, resamples=2000):
-    """95 % interval of the mean of `values`: whole clusters are drawn again.   -> [low, high]"""
+    """95 % interval of the mean of `values`, resampling whole clusters.   -> [low, high]"""
     names = {cluster: k for k, cluster in enumerate(dict.fromkeys(clusters))}
     index = np.array([names[cluster] for cluster in clusters])
     total = np.bincount(index, weights=values)
@@ -91,9 +91,9 @@ def wins_of(scores, ref_scores):
 
 
 def wins_in_cells(scores, ref_scores, cells):
-    """Each reply's chance to beat a reply of the reference to the same cell.   (n,) x 3 -> (n,)
+    """Each reply's chance to beat a reply of the reference in its cell.   (n,) x 3 -> (n,)
 
-    All pairs of a cell are compared, not one by one: that halves the noise of the win rate.
+    Every reply of a cell meets every one of the reference: this halves the win rate's noise.
     """
     scores, ref_scores = np.asarray(scores), np.asarray(ref_scores)
     wins = np.zeros(len(scores))
@@ -104,7 +104,7 @@ def wins_in_cells(scores, ref_scores, cells):
 
 
 def margins(logps, ref_logps, desirable):
-    """Mean log-ratios (nats) of desirable and undesirable rows, and the share on the right side."""
+    """Mean log-ratios (nats) of desirable and undesirable rows; the share with the right sign."""
     ratios = logps - ref_logps
     liked = torch.tensor(desirable)
     means = [float(ratios[rows].mean()) if rows.any() else None for rows in (liked, ~liked)]
@@ -118,10 +118,10 @@ def margins(logps, ref_logps, desirable):
 
 def evaluate_world(policy, reference, tokenizer, *, part="report", n=480, seed=0, device="cpu",
                    sessions=False):
-    """The help desk's verdict on n replies to held-out prompts.   -> eval.json, and utilities"""
+    """Judge n replies to held-out prompts.   -> what eval.json gets, and utilities"""
     prompts = world.eval_prompts(part, n)
     asked = in_sessions(prompts) if sessions else prompts
-    # Other random numbers for each: with the same ones, equal models would always tie.
+    # Each model has its own random numbers: with the same ones, equal models would always tie.
     own, rows = world_numbers(policy, tokenizer, prompts, asked, 2 * seed + 1)
     ref, _ = world_numbers(reference, tokenizer, prompts, asked, 2 * seed)
     utilities = own["utilities"]
@@ -139,7 +139,7 @@ def evaluate_world(policy, reference, tokenizer, *, part="report", n=480, seed=0
 
 
 def world_numbers(model, tokenizer, prompts, asked, seed):
-    """(what one model's replies are worth, the replies as rows)."""
+    """(numbers about one model's replies, the replies as rows)."""
     texts, rows = replies(model, tokenizer, asked, seed=seed)
     greedy, _ = replies(model, tokenizer, asked[:96], temperature=0)
     verdicts = [world.judge(*pair) for pair in zip(prompts, texts)]
@@ -155,7 +155,7 @@ def world_numbers(model, tokenizer, prompts, asked, seed):
 
 
 def in_sessions(prompts):
-    """The same questions inside a conversation, every second one after an earlier exchange."""
+    """The same questions as conversations; every second one follows an earlier exchange."""
     return [tuple(formats.Turn(**message) for message in messages)
             for messages in world.in_sessions(prompts)]
 
@@ -167,7 +167,7 @@ def without_utilities(result):
 # --- a comparison: both models answer once, and every judge reads the same texts ------------------
 
 def compare(out, record, models, files=(), *, n=200, seed=0, max_new_tokens=256, device="cpu"):
-    """One answer of each model to each held-out prompt, into comparison.jsonl.
+    """Write comparison.jsonl: one answer of each model to each held-out prompt.
 
     models: () -> (policy, reference, tokenizer). record: the run's config.json.
     -> [{"prompt", "reference", "policy"}, ...]
@@ -192,9 +192,9 @@ def compare(out, record, models, files=(), *, n=200, seed=0, max_new_tokens=256,
 
 
 def held_out_prompts(record, files, n, seed):
-    """(at most n distinct prompts, where from): of `files`, else eval_data, else data."""
+    """(at most n distinct prompts, their source): from `files`, else eval_data, else data."""
     source = list(files or record["eval_data"] or record["data"])
-    # A threshold tells good from bad responses; no prompt depends on it.
+    # A threshold separates good from bad responses; prompts do not depend on it.
     examples, _ = formats.read(source, columns=formats.parse_columns(record["columns"]),
                                threshold=record["threshold"] or 0.0, prompts=True)
     prompts = list(dict.fromkeys(example.prompt for example in examples))
@@ -208,7 +208,7 @@ def held_out_prompts(record, files, n, seed):
 
 
 def judge_comparison(out, record, rows, judge, name):
-    """A judge's scores (judge: of `rewards.load_reward`; name: its text) become a win rate."""
+    """The win rate by a judge's scores. judge: from `rewards.load_reward`; name: its flag."""
     prompts = [row["prompt"] for row in rows]
     scores = np.array(judge(prompts, [row["policy"] for row in rows]))
     ref_scores = np.array(judge(prompts, [row["reference"] for row in rows]))
@@ -219,26 +219,26 @@ def judge_comparison(out, record, rows, judge, name):
 
 
 def keep_verdict(out, rows, wins, facts):
-    """The win rate of wins (1 policy, 0 reference, 1/2 tie), into eval.json."""
+    """Write the win rate to eval.json. wins: 1 policy, 0 reference, 1/2 tie."""
     longer = [len(row["policy"]) - len(row["reference"]) for row in rows]     # characters
     found = {"win_rate": float(np.mean(wins)),
              "win_rate_ci95": bootstrap_ci(wins, [row["prompt"] for row in rows]),
              "win_rate_length_controlled": length_controlled(wins, longer), "n": len(rows), **facts}
     result = read_result(out)
     for key in ("why_null", "score", "score_ref", "disagreement", "position_bias", "one_order"):
-        result.pop(key, None)                             # of the judge before
+        result.pop(key, None)                             # from the judge before
     save_result(out, result | found)
     return found
 
 
 def win_rate_lines(found):
-    """A verdict for people, a fact per line."""
+    """A verdict as text, one fact per line."""
     shown = {key: round(fact, 3) if isinstance(fact, float) else fact
              for key, fact in found.items()}
     return "\n".join(f"  {key:<28}{fact}" for key, fact in shown.items())
 
 
-# --- the end of a run: files, pictures, and what to tell ------------------------------------------
+# --- the end of a run: files, pictures, the printed summary ---------------------------------------
 
 def write_samples(out, prompts, ref_texts, texts, scores=None, temperature=0.7):
     """samples.md: prompt, reference, policy, side by side; a score in front of each answer."""
@@ -261,7 +261,7 @@ def draw_curves(out):
 
 
 def report_world(judge, policy, reference, tokenizer, config, seconds, sessions=False):
-    """eval.json, samples.md, two pictures, the story's end. judge(policy, reference): see above."""
+    """eval.json, samples.md, two pictures, a summary. judge(policy, reference): evaluate_world."""
     clock = time.perf_counter()
     out = Path(config.out)
     result = judge(policy, reference)
@@ -313,7 +313,7 @@ What came out, on {r['n']} questions about 24 (device, problem) pairs that no st
 
 
 def report_files(result, policy, reference, tokenizer, prompts, config, seconds):
-    """What a run on files leaves. Nobody judges it: margins on its rows, samples side by side."""
+    """The report of a run on files. It has no judge: margins on its rows, samples side by side."""
     out = Path(config.out)
     show = dict(temperature=0.7, seed=config.seed,
                 max_new_tokens=max(1, min(128, config.max_len // 4)))
@@ -333,7 +333,7 @@ next:    python evaluate.py {out} --prompt "..."
 
 
 def report_rewards(result, config, seconds):
-    """What `--loss rm` leaves: how often the reward model agrees with the annotator."""
+    """The report of `--loss rm`: how often the reward model agrees with the annotator."""
     draw_curves(config.out)
     result = {name: found for name, found in result.items() if found}
     n = result.get("eval", result["train"])["n"]
@@ -438,7 +438,7 @@ def answer_prompts(args):
 
 
 def compare_and_judge(args, record):
-    """Sample a comparison, or take the one that is kept; judge it, export it, read verdicts."""
+    """Sample a comparison or read the stored one; judge it, export it, read verdicts on it."""
     judge = None
     if args.judge:                                        # before minutes of sampling
         judge = rewards.load_reward(args.judge, device=args.device, flag="judge")
@@ -457,7 +457,7 @@ def compare_and_judge(args, record):
 
 
 def comparison_for(args, record):
-    """The kept comparison, if it was sampled as the command line says; or a new one."""
+    """The stored comparison, if it was sampled as the command line says; else a new one."""
     typed = {flag: getattr(args, flag) for flag in ("data", "n", "seed", "max_new_tokens")
              if getattr(args, flag) is not None}
     rows, note = kept_comparison(args.run)

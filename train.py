@@ -1,16 +1,16 @@
 """The loop: `torchrun [--nproc_per_node N] train.py --loss kto`, or `python train.py ...`.
 
     for step in range(steps):
-        for batch in objective.batches(policy, step):        one; PPO: several, of its own responses
+        for batch in objective.batches(policy, step):        one; with PPO several
             for part in this process's share of the batch:
                 measured = what the loss's signature names, on these examples
                 (weight * loss(measured).sum() / batch.n).backward()
             sum the gradients over processes, clip, AdamW
 
-The loop knows no loss by name. A loss is a function (kto.py, dpo_variants.py, ppo.py); what it is
-told stands in objective.py; which data, which reference and which author go with it in recipes.py.
-A step is the same for any number of processes and any micro-batch: what couples the examples of a
-batch is measured over all of it first, and `n` counts all of it.
+The loop knows no loss by name. A loss is a function (kto.py, dpo_variants.py, ppo.py). objective.py
+measures what a loss names. recipes.py says which data, reference and author belong to a loss.
+A step is the same for any number of processes and any micro-batch size: quantities of the whole
+batch are measured over all of it first, and `n` counts all of it.
 """
 
 import hashlib
@@ -26,7 +26,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
 
-# Before torch is loaded: waiting threads sleep. On a busy machine spinning ones cost up to 10 x.
+# Set before torch is loaded: waiting threads sleep. If they spin, a busy machine can be 10 x slower.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import torch
@@ -44,7 +44,7 @@ from plumbing.run import Run
 # --- one step -----------------------------------------------------------------------------------
 
 def train_step(policy, objective, optimizer, step, config, update=True):
-    """One step: usually one batch and one update, of PPO several.   -> its line for the log"""
+    """One step: usually one batch and one update, with PPO several.   -> its line for the log"""
     started = time.perf_counter()
     lr = learning_rate(step, config)
     for group in optimizer.param_groups:
@@ -115,8 +115,8 @@ def make_optimizer(policy, config):
     groups = [{"params": [p for p in params if p.dim() >= 2], "weight_decay": config.weight_decay},
               {"params": [p for p in params if p.dim() < 2], "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, 0.95), fused=True)
-    for p in params:                                         # there from the start: a checkpoint
-        optimizer.state[p] = {"step": torch.zeros((), device=p.device),        # fills them in
+    for p in params:                                         # made now, so that a checkpoint
+        optimizer.state[p] = {"step": torch.zeros((), device=p.device),        # can fill it in
                               "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
     return optimizer
 
@@ -124,7 +124,7 @@ def make_optimizer(policy, config):
 # --- the steps of a stage -----------------------------------------------------------------------
 
 def train(run, objective, stage, first):
-    """Steps `first` and on of one stage: metrics.jsonl, checkpoints, a progress bar."""
+    """One stage from step `first` on: metrics.jsonl, checkpoints, a progress bar."""
     config, policy = run.config, run.policy
     optimizer = make_optimizer(policy, config)
     if first and run.load_checkpoint(optimizer, objective.reference) != run.done(stage, first):
@@ -139,7 +139,7 @@ def train(run, objective, stage, first):
                 announce.check_first_step(look, line["grad_norm"], run)
                 look = None
             diary.write(step, line | run.quick_look(step))
-            stopped = parallel.any_of(stop)                  # all stop after the same step
+            stopped = parallel.any_of(stop)                  # all processes stop after this step
             last = step + 1 == config.steps
             if stopped or last or (step + 1) % config.save_every == 0:
                 run.save_checkpoint(stage, step, optimizer, objective.reference)
@@ -150,9 +150,9 @@ def train(run, objective, stage, first):
 
 @contextmanager
 def stopping():
-    """A list that Ctrl-C and SIGTERM fill: the step that runs is finished and saved."""
+    """A list; Ctrl-C and SIGTERM append to it, so that `train` finishes its step and saves."""
     stop, before = [], {}
-    if threading.current_thread() is threading.main_thread():          # a notebook's is another
+    if threading.current_thread() is threading.main_thread():          # Python's rule for signals
         for number in (signal.SIGINT, signal.SIGTERM):
             before[number] = signal.signal(number, lambda *_: stop.append(1))
     try:
@@ -165,9 +165,9 @@ def stopping():
 # --- the small GPT's base model -----------------------------------------------------------------
 
 def base_model(config, source):
-    """The folder of a small GPT, pretrained and fine-tuned by `source.base_stages()`; made once.
+    """The folder of a small GPT, pretrained and fine-tuned by `source.base_stages()`.
 
-    Its name is a hash of all it depends on: code, seed, settings, rows. Process 0 makes it.
+    Process 0 makes it once. Its name is a hash of all it depends on: code, seed, settings, rows.
     """
     stages = source.base_stages()
     key = hashlib.sha256(json.dumps([asdict(source.shape), config.seed, torch.__version__,
@@ -222,7 +222,7 @@ def run_once(argv):
     run = Run(settings.parse(argv))
     config, out = run.config, run.out
     if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) and (out / "config.json").is_file():
-        config.resume, config.overwrite = True, False        # torchrun has started us again: go on
+        config.resume, config.overwrite = True, False        # torchrun has restarted us: resume
     rundir.check(config)
     run.find_models()
     run.read()
@@ -234,11 +234,11 @@ def run_once(argv):
     run.find_judges()
 
     clock = time.perf_counter()
-    if config.resume:                                        # from the same models as before
+    if config.resume:                                        # with the same models as before
         old = rundir.read_config(out, init=str, ref=str)
         config.init, config.ref = config.init or old["init"], config.ref or old["ref"]
     base = config.model
-    if not base and not (config.init and config.ref):        # nobody names one: make it
+    if not base and not (config.init and config.ref):        # no flag names a model: make one
         base = base_model(config, run.source)
     config.init, config.ref = config.init or base, config.ref or base
     run.start()
@@ -263,13 +263,13 @@ def run_once(argv):
 
 
 def main(argv=None):
-    """One command line, with every complaint in one line."""
+    """Run one command line. An error is one line of text."""
     try:
         return run_once(sys.argv[1:] if argv is None else argv)
     except SystemExit as e:
         if not isinstance(e.code, str):
             raise
-        line = " ".join(e.code.split())                      # names come from files
+        line = " ".join(e.code.split())                      # a quoted file name may have \n
         if not parallel.first_to_say(line):
             line = 1                                         # another process has said it
         raise SystemExit(line) from None

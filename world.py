@@ -4,7 +4,7 @@ A customer writes `Help, my router gets too hot!`. A reply has an opening (polit
 answer (right, wrong, vague), up to two empty fillers and a closing. A judge reads these slots off
 any text and adds up their points.
 
-- Every reply has a true utility, so "preferred" and "better" can be told apart;
+- every reply has a true utility, so "preferred" and "better" can be told apart;
 - the annotator is exactly Bradley-Terry, as the papers' derivations assume;
 - the best policy of RLHF, DPO, IPO and KTO is a formula: slots are independent, so replies fall
   into 135 classes of known probability and utility;
@@ -125,7 +125,7 @@ def parse_prompt(text):
 
 
 def eval_prompts(part, n=480, seed=0):
-    """n prompts of a part: its cells in all four wordings, in a shuffled order, over and over."""
+    """n prompts of a part: its cells in all four wordings, shuffled once, repeated as needed."""
     prompts = [prompt_text(d, p, i) for d, p in split()[part] for i in range(4)]
     random.Random(f"eval {seed}").shuffle(prompts)
     return list(itertools.islice(itertools.cycle(prompts), n))
@@ -178,16 +178,16 @@ for _device, _fixes in itertools.product(DEVICES, PROBLEMS.values()):
     SENTENCES |= {ANSWER.format(d=_device, f=fix): ("answer", (_device, fix)) for fix in _fixes}
 SENTENCES |= dict.fromkeys(VAGUE, ("answer", None)) | dict.fromkeys(FILLER, ("filler", None))
 SENTENCES |= {text: ("close", kind) for kind, texts in CLOSE.items() for text in texts}
-del SENTENCES[""]  # saying nothing is no sentence
+del SENTENCES[""]  # an empty opening or closing is not a sentence
 PLACE = {"open": 0, "answer": 1, "filler": 2, "close": 3}
 
 
 def judge(prompt, reply):
     """Read a reply's slots: utility = sum of their points - 1 per junk sentence.
 
-    A sentence counts if the grammar has it, letter by letter, in its place: opening, answer, at
-    most two fillers, closing. All else is junk: unknown text, a second answer, a third filler. A
-    missing answer is rated as a vague one and is one junk more: an empty reply has -1.
+    A sentence counts if it is in the grammar, letter by letter, and in its place: opening, answer,
+    at most two fillers, closing. All else is junk: unknown text, a second answer, a third filler. A
+    missing answer counts as a vague one plus one junk sentence: an empty reply has utility -1.
     """
     device, problem = parse_prompt(prompt)
     levels = {"answer": "vague", "device": "ok", "open": "neutral", "filler": 0, "close": "none"}
@@ -251,8 +251,8 @@ def pairs(n, seed, *, part="train", flip=0.0):
     """n preference pairs of a Bradley-Terry annotator, each of two SFT-mix replies to one prompt.
 
     score = utility + Gumbel(0, 1) noise, and the higher score is chosen. The difference of two
-    Gumbels is logistic: P(a beats b) = sigmoid(u_a - u_b). With probability `flip` the replies then
-    trade places, the scores do not. win_prob_*: the chance to beat an SFT-mix reply.
+    Gumbels is logistic: P(a beats b) = sigmoid(u_a - u_b). With probability `flip` the two replies
+    are then exchanged, the scores are not. win_prob_*: the chance to beat an SFT-mix reply.
     """
     rng = random.Random(f"pairs {seed}")
     rows = []
@@ -285,7 +285,7 @@ def thumbs(pairs, seed):
 
 
 def native_thumbs(n, seed, flip=0.0):
-    """Thumbs that never were pairs: up with probability sigmoid(utility), flipped with `flip`."""
+    """Thumbs on single replies: up with probability sigmoid(utility), then a share is flipped."""
     rng = random.Random(f"native {seed}")
     rows = []
     for device, problem, prompt in _prompts(rng, n):
@@ -368,7 +368,7 @@ def in_sessions(prompts):
 
 # --- tokenizer --------------------------------------------
 
-# What merges never cross; every character matches exactly one branch.
+# Merges stay inside one match of this pattern; every character matches exactly one branch.
 PATTERN = r" ?[A-Za-z]+| ?[0-9]+|[^A-Za-z0-9\s]+|\s"
 
 
@@ -413,7 +413,7 @@ def _merge(parts, token):
 # --- exact optima -----------------------------------------
 
 class Point(NamedTuple):
-    """A policy as a point of the reward-KL plane. `beta` is the knob that led there (IPO: tau)."""
+    """A policy as a point of the reward-KL plane, optimal for the setting `beta` (IPO: tau)."""
     beta: float
     kl: float        # KL(pi || ref), nats per reply
     utility: float   # E_pi[u], points
@@ -464,7 +464,7 @@ def ipo_optimum(tau):
 
 
 def optimum_at_kl(kl):
-    """The frontier's point at a KL in nats. Beyond 4.4, the best class alone, it is that class."""
+    """The frontier's point at a KL in nats. From 4.4 nats on it is the best class alone."""
     end = optimum(1e-3)  # all mass on the best class, to the last bit
     if kl >= end.kl:
         return end._replace(beta=0.0)
@@ -530,9 +530,9 @@ def kto_logratios(rows, *, beta, z0=0.0):
     def total(log_nu):
         return p @ np.exp(logratios(log_nu))
 
-    # beta > 1: sigma is an S-shaped function of pi, and a y is given up rather than left below the
-    # point where the S touches its tangent from the origin, sigma = 1 - 1/beta. So h has a top, and
-    # nu is at most c e^top. If the sum is above 1 even there for the smallest c, its pi is 0.
+    # With beta > 1, sigma is an S-shaped function of pi. The best pi of a y is then 0, or at least
+    # where the S touches its tangent from the origin, sigma = 1 - 1/beta. So h has a maximum `top`,
+    # and nu is at most c e^top. If the sum is above 1 even there, the y of the smallest c has pi 0.
     top = math.inf
     if beta == 1:
         top = -z0
@@ -541,12 +541,12 @@ def kto_logratios(rows, *, beta, z0=0.0):
     for least in candidates:
         if beta < 1 or total(math.log(least) + top) <= 1:
             break
-    # Were all r equal, they would be -log(sum of p): the smallest c has at most this r.
+    # If all r were equal, they would be -log(sum of p). The smallest c has at most this r.
     equal = _h(-math.log(p[c >= least].sum()), beta, z0)
     low = math.log(least) + equal
     high = min(math.log(candidates[-1]) + equal, math.log(least) + top)
     log_nu = _bisect(lambda x: total(x) - 1, low, high)
-    rest = math.log(total(log_nu))  # what bisection leaves, about 1e-13
+    rest = math.log(total(log_nu))  # the error of the bisection, about 1e-13
     return (logratios(log_nu) - rest).tolist()
 
 
@@ -576,14 +576,14 @@ BASE = dict(pretrain=dict(batch_size=32, lr=8e-3, warmup=20, weight_decay=0.1),
             sft=dict(batch_size=32, lr=4e-3, warmup=20, weight_decay=0.1))
 N_PAIRS, N_EXPERT = 8000, 1500
 
-# Settings per loss, between the command line and the loss's own signature. Where a first try did
-# badly, beta (or what stands for it) was chosen on the tuning split.
+# Settings per loss. They replace the defaults of its signature; the command line replaces them.
+# Where a first try did badly, beta (or its counterpart) was chosen on the tuning split.
 THUMBS = dict(lr=5e-4, steps=400, batch_size=32)
 SHORT = dict(lr=1e-3, steps=200, batch_size=32)  # half the time, for .01 of win rate
-PAIRS = THUMBS | dict(batch_size=16)  # as many replies
+PAIRS = THUMBS | dict(batch_size=16)  # 16 pairs are 32 replies
 SETTINGS = {  # "default": for a loss that has no entry here
     **dict.fromkeys(("default", "kto", "apo_zero_unpaired", "bco"), SHORT | dict(beta=0.5)),
-    "kto_uniform": THUMBS | dict(lr=3e-4, beta=0.05, lambda_d=1.75),  # else it collapses
+    "kto_uniform": THUMBS | dict(lr=3e-4, beta=0.05, lambda_d=1.75),  # it collapses with others
     "sft": dict(lr=1e-3, steps=200, batch_size=32),
     "offline_ppo": THUMBS,
     "rm": dict(lr=4e-3, steps=500, batch_size=32, warmup=20),
@@ -593,7 +593,7 @@ SETTINGS = {  # "default": for a loss that has no entry here
                      "wpo", "dpo_shift", "chipo", "xpo"), PAIRS | dict(beta=0.5)),
     **dict.fromkeys(("rdpo", "exo", "fdpo", "discopop", "tdpo1"), PAIRS | dict(beta=1.0)),
     **dict.fromkeys(("ipo", "ipo_bernoulli"), PAIRS | dict(tau=0.1)),  # 1 / (2 tau) nats per reply
-    "ipo_avg": PAIRS | dict(tau=2.0),                                  # and per token
+    "ipo_avg": PAIRS | dict(tau=2.0),                                  # 1 / (2 tau) nats per token
     **dict.fromkeys(("sppo", "sppo_hard", "cal_dpo"), PAIRS | dict(beta=0.05)),
     **dict.fromkeys(("cpo", "nca", "tdpo2"), PAIRS | dict(beta=0.1)),
     **dict.fromkeys(("aot", "aot_unpaired"), PAIRS | dict(beta=2.0)),
@@ -604,12 +604,12 @@ SETTINGS = {  # "default": for a loss that has no entry here
     "rebel": PAIRS | dict(eta=1.0),
     "slic": PAIRS | dict(delta=5.0, lam=0.2),
     "dpop": PAIRS | dict(beta=0.5, lam=0.5),
-    # Steps are those of each stage. SPIN overshoots where beta < 1/2.
+    # `steps` are those of each stage. With beta < 1/2 SPIN overshoots.
     "spin": PAIRS | dict(steps=80, beta=1.0, stages=4),
     "sdpo_stepwise": PAIRS | dict(steps=200, beta=1.0, stages=2),
     "sdpo_segment": PAIRS | dict(steps=100, beta=2.0),  # its pairs have no noise
-    "tr_dpo": dict(beta=2.0, ref_every=100),            # and DPO's
-    # Its reference follows the policy, so nothing but the step holds it: at 5e-4 it collapses.
+    "tr_dpo": dict(beta=2.0, ref_every=100),            # the others are DPO's
+    # Their reference follows the policy, so only lr limits the drift: at 5e-4 they collapse.
     **dict.fromkeys(("humanline_dpo", "humanline_kto"), dict(lr=1e-4, steps=400)),
 }
 # --online: the policy's own replies, judged by their true utility. 23,040 of them in every run.

@@ -26,7 +26,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
 
-# Set before torch is loaded: waiting threads sleep. If they spin, a busy machine can be 10 x slower.
+# Set before torch is loaded: waiting threads sleep. If they spin, a busy machine slows down 10 x.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import torch

@@ -1,4 +1,4 @@
-"""What a run says of itself before and at its first step."""
+"""What a run prints before and at its first step."""
 
 import atexit
 import inspect
@@ -17,7 +17,7 @@ from plumbing.parallel import say
 
 
 def settings_of(run, balance):
-    """What is about to happen, on what data. balance: the line about lambdas, if there is one."""
+    """Print the loss and the data. balance: a line about the lambdas, or None."""
     loss = run.recipe.loss
     equation = (inspect.getdoc(loss) or loss.__name__).splitlines()[0].removesuffix("(B,)").strip()
     say(f"nanoKTO | --loss {run.config.loss}: {equation}")
@@ -30,7 +30,7 @@ def settings_of(run, balance):
 
 
 def introduce(run):
-    """Every setting with where it came from; the machine; the policy and its reference."""
+    """Print every setting with its origin, the machine, the policy and the reference."""
     config, by_origin = run.config, {}
     values = {**run.hyper, **run.options}
     values |= {key: getattr(config, key) for key in ("lr", "steps", "batch_size", "dtype", "seed")}
@@ -46,12 +46,12 @@ def introduce(run):
     if config.fsdp:
         line += f", sharded over {parallel.size} processes"
     if not run.actor.flat:
-        line += " | rows are padded: this architecture does not keep flat ones apart"
+        line += " | rows are padded: this architecture would mix the sequences of a flat row"
     if not run.actor.chunked:
-        line += " | logits are held whole: this head is not a plain product"
+        line += " | all logits are in memory at once: this head is more than one product"
     say(line + f" | reference: {config.ref}")
     if run.stages > 1:
-        say(f"{run.stages} stages of {config.steps} steps, each against the policy of the last")
+        say(f"{run.stages} stages of {config.steps} steps; the reference is the last one's policy")
 
 
 TOLERANCE = {"fp64": 1e-9, "fp32": 1e-3, "bf16": 0.1}
@@ -63,7 +63,7 @@ def check_first_step(look, grad_norm, run):
     tolerance = TOLERANCE[run.config.dtype]
     line = (f"step 0: loss {loss:.6f} (predicted {expected:.6f}) | largest |log-ratio| {apart:.1e} "
             f"| gradient norm {grad_norm:.3g}")
-    if grad_norm == 0 and run.recipe.online:                 # a task that nobody has solved yet
+    if grad_norm == 0 and run.recipe.online:                 # such as a task not solved once yet
         return say(line + " | no gradient yet: the rewards of each group are equal")
     if grad_norm == 0:
         raise SystemExit(line + " | no gradient: are all weights frozen, or both lambdas 0?")
@@ -79,7 +79,7 @@ def check_first_step(look, grad_norm, run):
 
 
 def dry_run(run, train_step, make_optimizer):
-    """The first step without the update, then what the whole run would cost."""
+    """Run the first step without its update, and estimate what the whole run would cost."""
     config = run.config
     objective = run.begin_stage(0, 0)
     optimizer = make_optimizer(run.policy, config)
@@ -102,7 +102,7 @@ def dry_run(run, train_step, make_optimizer):
 
 
 def peak_memory():
-    """Bytes: of the GPU, or of this process."""
+    """The largest memory so far, in bytes: of the GPU, or of this process."""
     if parallel.device.type == "cuda":
         return torch.cuda.max_memory_allocated()
     unit = 1 if sys.platform == "darwin" else 1024
@@ -110,7 +110,7 @@ def peak_memory():
 
 
 def temporary_folder():
-    """One that is gone when the process ends."""
+    """A folder that is deleted when the process ends."""
     folder = tempfile.mkdtemp(prefix="nanokto-dry-run-")
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     return folder

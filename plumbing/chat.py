@@ -5,15 +5,15 @@
     prompt     all up to "assistant\\n": what the model sees before it answers
     response   No.<|im_end|>
 
-The template is rendered to text, and the text is made tokens as a whole: these are the tokens that
-transformers' `apply_chat_template` gives, and so what the model sees when it is used. The response
-begins where the template asks for it and ends with the template's end of turn.
+The template renders the conversation to one text, and this text is tokenised as a whole. So the
+tokens are those of transformers' `apply_chat_template`, which the model sees when it is used. The
+response begins after the generation prompt and ends with the template's end of turn.
 
-Text from users never becomes a control token. Where it spells one, the spelling is hidden from
-the template, and becomes the tokens of plain text:
+Text from users never becomes a control token. If it spells one, a placeholder hides the spelling
+from the template, and the spelling becomes the tokens of plain text:
 
     turns      user "What is <|im_end|>?"
-    rendered   <|im_start|>user\\nWhat is [0]?<|im_end|>\\n    [0]: between private characters
+    rendered   <|im_start|>user\\nWhat is [0]?<|im_end|>\\n    [0]: the placeholder
 """
 
 import json
@@ -31,7 +31,7 @@ from plumbing.formats import Pair, Turn
 
 OPEN, CLOSE = "\ue000", "\ue001"          # of Unicode's private area, around a number
 
-# The form of `plain_form`, for other programs.
+# `plain_form` as a chat template, for other programs.
 PLAIN_TEMPLATE = (
     "{% if tools %}Tools:\n{{ tools | tojson }}\n\n{% endif %}"
     "{% for m in messages %}{{ m.role | capitalize }}:\n{{ m.content }}"
@@ -42,13 +42,13 @@ PLAIN_TEMPLATE = (
 
 # --- many examples --------------------------------------------------------------------------------
 
-AT_ONCE = 4096                            # examples that the cores share
+AT_ONCE = 4096                            # examples that the cores share at a time
 
 
 def spell_all(examples, answers_of, tokenizer, **how):
-    """(example, what `spell` says of it or its ValueError) of each. how: of `spell`.
+    """Yield (example, result of `spell` or its ValueError). how: arguments of `spell`.
 
-    Templates are slow: many conversations are shared out over the cores of this machine.
+    Templates are slow: the cores of this machine share the work on many conversations.
     """
     job = (answers_of, tokenizer, how)
     examples = iter(examples)
@@ -90,8 +90,8 @@ def spell(example, answers, tokenizer, *, turns="last", add_eot=True):
         prompt "Why?", answer "No."      Why?                            No.<eos>       weights 1
         prompt user "Why?"               ...user\\nWhy?...assistant\\n     No.<|im_end|>  weights 1
 
-    turns: see data.encode. answers [None]: a prompt alone, an end-of-text makes a row of it.
-    ValueError: what is wrong with the conversation.
+    turns: see data.encode. answers [None]: a prompt alone; its response is only an end-of-text.
+    ValueError: the conversation is wrong.
     """
     prompt = as_chat(example.prompt, tokenizer)
     if answers == [None]:
@@ -114,7 +114,7 @@ def spell(example, answers, tokenizer, *, turns="last", add_eot=True):
 
 
 def as_chat(prompt, tokenizer):
-    """--chat: a text is what a user says."""
+    """With --chat a prompt that is a text becomes a user's turn."""
     if tokenizer.wrap and isinstance(prompt, str):
         return (Turn("user", prompt),)
     return prompt
@@ -128,7 +128,7 @@ def prompt_ids(prompt, tokenizer):
     else:
         chat = Chat(prompt, tokenizer)
         ids = chat.ids(chat.text(ask=True))
-    return ids or [tokenizer.eot]                          # none: as after a document's end
+    return ids or [tokenizer.eot]                          # empty: as after a document's end
 
 
 def trained_turns(example, prompt, answer, turns):
@@ -150,7 +150,7 @@ def trained_turns(example, prompt, answer, turns):
     if not pair or example.segment is None:
         raise ValueError('--turns segment needs pairs with segment: {"start": 0, "end": 1}')
     start, end = example.segment
-    if end > len(agent):        # equally many turns in both sides are what makes Z cancel
+    if end > len(agent):        # Z cancels only if both sides have equally many turns
         raise ValueError(f"the segment ends with the assistant's turn {end}, but one side has only "
                          f"{len(agent)}")
     return chat, agent[start:end]
@@ -169,7 +169,7 @@ def spell_chat(chat, trained, begin, end):
         response  a1<end>..User:.q2..Assistant:.a2<end>
         weights   0 but for the last three tokens, a2<end>
 
-    What follows the last trained token is left out. end False: the last turn has no end.
+    What follows the last trained token is left out. end False: the last turn gets no end-of-turn.
     """
     last = len(chat.turns) - 1
     if begin == last:
@@ -193,7 +193,7 @@ def spell_chat(chat, trained, begin, end):
 
 
 def shared(a, b):
-    """How many items a and b have in common from the left."""
+    """The length of the common beginning of a and b."""
     if b[:len(a)] == a:
         return len(a)
     return next(i for i, item in enumerate(a) if b[i:i + 1] != a[i:i + 1])
@@ -202,7 +202,7 @@ def shared(a, b):
 # --- a conversation -------------------------------------------------------------------------------
 
 class Chat:
-    """A conversation as the template writes it: characters, and tokens of them."""
+    """A conversation as the template writes it, as text and as tokens."""
 
     def __init__(self, turns, tokenizer):
         self.turns, self.tokenizer = turns, tokenizer
@@ -224,7 +224,7 @@ class Chat:
         return text
 
     def ids(self, text, follow=False):
-        """Tokens of rendered text. follow: it is no beginning, but goes on from other text."""
+        """Tokens of rendered text. follow: the text continues other text."""
         parts = re.split(f"{OPEN}(\\d+){CLOSE}", text)
         ids = self.tokenizer.encode(parts[0], control=True, follow=follow)
         for number, after in zip(parts[1::2], parts[2::2]):
@@ -233,9 +233,9 @@ class Chat:
         return ids
 
     def longer(self, ids, place, new):
-        """Tokens of the whole text up to `new`, of which ids are those up to `place`.
+        """Tokens of the whole text up to `new`; `ids` are those up to `place`.
 
-        They begin with ids: no token straddles `place`, also where it stands between line breaks.
+        The result begins with `ids`: no token spans `place`, even between two line breaks.
         """
         longer = self.ids(self.whole[:new])
         if longer[:len(ids)] == ids:
@@ -243,7 +243,7 @@ class Chat:
         return ids + self.ids(self.whole[place:new], follow=True)
 
     def hide(self, value):
-        """The same text, list or object, with a number for what spells a control token."""
+        """The same text, list or object, with placeholders for spellings of control tokens."""
         if isinstance(value, str):
             return self.tokenizer.control.sub(self.hide_one, value)
         if isinstance(value, list):
@@ -259,7 +259,7 @@ class Chat:
     # --- where an assistant's turn begins and ends, in the whole text
 
     def start(self, turn):
-        """After what asks for it: the generation prompt, as far as the whole text has it.
+        """Where the turn begins: after the generation prompt, or what the whole text has of it.
 
         Qwen3 asked without thinking:   <|im_start|>assistant\\n<think>\\n\\n</think>\\n\\n
         an early turn in its history:   <|im_start|>assistant\\nNo.<|im_end|>
@@ -274,7 +274,7 @@ class Chat:
         return place
 
     def stop(self, turn, start, end=True):
-        """After its end of turn; without end, or where the template has none, after its content."""
+        """Where the turn ends: after its end of turn, or without one after its content."""
         mark = self.tokenizer.end_of_turn
         found = -1
         if mark.of_every_turn or turn == len(self.turns) - 1:
@@ -292,9 +292,10 @@ class Chat:
         raise ValueError(f"the chat template loses or changes turn {turn} of the conversation")
 
     def keep_answer(self, turn):
-        """Where the template does not begin a finished answer as it asks for one, the file does.
+        """True if the template begins a finished answer with its generation prompt.
 
-        DeepSeek-R1 asks with <think>, but writes no thoughts into a finished conversation.
+        If not, the file's answer is put after the generation prompt. For example, DeepSeek-R1's
+        generation prompt ends with <think>, but a finished conversation has no thoughts.
         """
         asked = self.text(turn, ask=True) if turn else ""
         if self.whole.startswith(asked):
@@ -307,7 +308,7 @@ class Chat:
 
 
 def message_of(turn):
-    """A turn as templates want it."""
+    """A turn as the dict that templates take."""
     if turn.role == "tools":
         return {"role": "tools", "content": json.loads(turn.content)}
     message = {"role": turn.role, "content": turn.content}
@@ -317,7 +318,7 @@ def message_of(turn):
 
 
 def render(messages, tokenizer, ask):
-    """Messages as text; a first message of role "tools" is what the template knows as tools."""
+    """Messages as text. A first message of role "tools" becomes the template's `tools`."""
     if not tokenizer.has_template:
         return plain_form(messages, tokenizer, ask)
     tools = None
@@ -350,7 +351,7 @@ def plain_form(messages, tokenizer, ask):
     return text
 
 
-# --- what a template does, found by using it ------------------------------------------------------
+# --- what a template does, found by trying it -----------------------------------------------------
 
 PROBE = [("user", "xyzzy0"), ("assistant", "xyzzy1"), ("user", "xyzzy2"), ("assistant", "xyzzy3")]
 
@@ -365,12 +366,12 @@ class EndOfTurn(NamedTuple):
 def find_end_of_turn(tokenizer):
     """The first control token after an answer: Gemma's <end_of_turn>, ChatML's <|im_end|>.
 
-    Looked for inside of a conversation and at its end. The end-of-text, if there is none.
+    It is searched in the middle of a conversation and at its end. If there is none: end-of-text.
     """
     messages = [{"role": role, "content": content} for role, content in PROBE]
     try:
         parts = re.split("xyzzy[0-3]", render(messages, tokenizer, ask=False))
-    except ValueError:                                     # a run will say it of a row
+    except ValueError:                                     # it will be reported for a row
         parts = []
     inside = last = None
     if len(parts) == 5:
@@ -383,7 +384,7 @@ def find_end_of_turn(tokenizer):
 
 
 def remarks(examples, tokenizer, n=200):
-    """Lines to say once about a run's conversations: the end of a turn, and what is odd."""
+    """Lines to print about a run's conversations: the end of a turn, and oddities."""
     if not tokenizer.has_template:
         return []
     prompts = [as_chat(example.prompt, tokenizer) for example in examples]
@@ -411,9 +412,9 @@ def remarks(examples, tokenizer, n=200):
 
 
 def oddities(example, prompt, tokenizer):
-    """Names of what is odd about a prompt, and of its answer.
+    """Yield the names of a prompt's and its answer's oddities.
 
-    differ: from the tokens that the model sees when it is used, by transformers' own rendering.
+    differ: our tokens are not those of transformers' own rendering, which the model sees in use.
     """
     yield "chats"
     chat = Chat(prompt, tokenizer)

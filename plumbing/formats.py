@@ -20,9 +20,9 @@ from plumbing.files import CsvRow, records
 
 class Turn(NamedTuple):
     """One message of a conversation."""
-    role: str                # system, user, assistant, tool; tools: what may be called, as JSON
-    content: str             # "" where the message is nothing but tool calls
-    more: str = ""           # its tool_calls, tool_call_id and name, as JSON: text can be hashed
+    role: str                # system, user, assistant, tool; tools: the functions, as JSON
+    content: str             # "" if the message has only tool calls
+    more: str = ""           # tool_calls, tool_call_id and name as JSON text, which can be hashed
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,15 +30,15 @@ class Feedback:
     """One response with a thumb up or down.
 
     A prompt is a text or a conversation; a response is a text, or turns that begin and end with
-    the assistant's. A prompt alone has completion "" and desirable None: the policy will answer.
+    the assistant's. A prompt alone has completion "" and desirable None: the policy answers it.
     """
     prompt: str | tuple[Turn, ...]
     completion: str | tuple[Turn, ...]
     desirable: bool | None
-    whole: bool = True       # False: the completion was cut when it was sampled, it has no end
+    whole: bool = True       # False: the completion was cut when it was sampled, so has no end
     where: str = ""          # file and row, for messages
     score: float | None = None
-    weight: float = 1.0      # of its loss
+    weight: float = 1.0      # multiplies the loss
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +52,7 @@ class Pair:
     win_prob_chosen: float | None = None
     win_prob_rejected: float | None = None
     target: str | tuple[Turn, ...] | None = None    # a third response: SLiC's y_ref
-    segment: tuple[int, int] | None = None          # assistant's turns that count: from 0, end out
+    segment: tuple[int, int] | None = None          # trained assistant turns: [start, end)
     whole: bool = True
     where: str = ""
     weight: float = 1.0
@@ -61,10 +61,10 @@ class Pair:
 # --- reading --------------------------------------------------------------------------------------
 
 def read(files, *, flag="--data", watch=None, scored="labels", **how):
-    """(examples, a line about them: formats, columns that are ignored, rows without an answer).
+    """(examples, a line about them: formats, ignored columns, rows without an answer).
 
     files      names of files, see `records`
-    flag       who named them, for messages
+    flag       the flag that named them, for messages
     watch      a progress bar: watch(rows, title) gives the same rows
     scored     "labels", or "pairs": rows with a number become pairs (pairs_from_scores)
     how        columns, threshold, prompts: see `parse`
@@ -101,11 +101,11 @@ def read(files, *, flag="--data", watch=None, scored="labels", **how):
 
 
 def parse(record, where="", *, columns=None, threshold=None, scored="labels", prompts=False):
-    """One JSON object to (name of its format, list of examples, columns that nobody looked at).
+    """One JSON object to (name of its format, list of examples, unused columns).
 
-    columns    {"prompt": "question"}: what the file calls question is our prompt
+    columns    {"prompt": "question"}: the file's column question is our prompt
     threshold  a row with a number instead of a label is desirable if its number is above this
-    prompts    may a row be a prompt without a response?
+    prompts    True: a row may be a prompt without a response
     """
     row = Record(record, where, columns or {})
     form = next((form for form in FORMATS if row.cells.keys() >= {*form}), None)
@@ -121,7 +121,7 @@ def parse(record, where="", *, columns=None, threshold=None, scored="labels", pr
                  f"{' + '.join(near)}, which lacks {missing}; known: {known}. "
                  "--columns prompt=question says that the file calls the prompt question")
     single = bool(form) and "chosen" not in form
-    if single and scored == "pairs":                 # then scores are what counts, not labels
+    if single and scored == "pairs":                 # pairs are made of scores, not of labels
         if "label" in form and "reward" in row.cells:
             examples = [replace(examples[0], score=row.number(row.cell("reward")))]
     elif single and "label" not in form:
@@ -131,7 +131,7 @@ def parse(record, where="", *, columns=None, threshold=None, scored="labels", pr
     return name, examples, [*row.unused]
 
 
-# --- pairs and labels from each other, and words about examples -----------------------------------
+# --- labels from pairs, pairs from scores, and lines about examples -------------------------------
 
 def to_feedback(examples):
     """A pair becomes two: its chosen response is desirable, its rejected one undesirable."""
@@ -147,10 +147,10 @@ def to_feedback(examples):
 
 
 def pairs_from_scores(examples):
-    """(pairs, Counter): of the responses to one prompt the best with the worst, and so on inwards.
+    """(pairs, Counter): a prompt's best response with its worst, the second best, and so on.
 
     Scores 5, 3, 2, 1, 0 make the pairs (5, 0) and (3, 1); 2 is left over. Equal scores are a tie,
-    which says nothing and is dropped. Of two weights a pair has the smaller one.
+    which is dropped. A pair has the smaller one of its two weights.
     """
     counts = Counter({"scored responses": len(examples)})
     by_prompt = {}
@@ -179,7 +179,7 @@ def final_text(answer):
 
 
 def plain_texts(example):
-    """The texts of an example that is no conversation."""
+    """The texts of an example; [] for a conversation."""
     if not isinstance(example.prompt, str):
         return []
     names = ("prompt", "completion", "chosen", "rejected", "target")
@@ -205,7 +205,7 @@ def parse_columns(text):
 
 
 def cut_hint(examples, add_eot):
-    """Advice where most responses seem to have been cut when they were sampled, else None."""
+    """Advice if most responses seem to have been cut when they were sampled, else None."""
     texts = [final_text(e.completion).rstrip() for e in examples if e.whole]
     ends = [text[-1] for text in texts if text]
     ended = sum(end in ".!?\"')]}>`*:;\u3002\uff01\uff1f\u201d" for end in ends)
@@ -228,12 +228,12 @@ ROLES = {"user": "user", "human": "user", "assistant": "assistant", "gpt": "assi
 
 
 class Record:
-    """One row of a file: its cells by our names, and where it stands. A null cell is absent."""
+    """One row of a file: its cells by our names, and its place. A null cell counts as absent."""
 
     def __init__(self, record, where, columns):
         self.where = where
-        self.names = dict(columns)                           # ours -> the file's
-        self.column = ""                                     # the one being read, by our name
+        self.names = dict(columns)                           # our name -> the file's
+        self.column = ""                                     # our name of the column being read
         if not isinstance(record, dict):
             self.fail(f"expected a JSON object, got {type(record).__name__}")
         self.csv = isinstance(record, CsvRow)
@@ -252,7 +252,7 @@ class Record:
         self.whole = not cut
 
     def cell(self, name, default=None):
-        """The value of a column, which complaints from here on will name."""
+        """The value of a column. The next `refuse` will name this column."""
         self.column = name
         self.unused.pop(self.names.get(name, name), None)
         value = self.cells.get(name, default)
@@ -264,7 +264,7 @@ class Record:
         raise SystemExit(f"{self.where}: {message}")
 
     def refuse(self, value, expected):
-        """Complain about what was found in the column that is being read."""
+        """End with a line about a wrong value in the column that was read last."""
         theirs = self.names.get(self.column, self.column)
         self.fail(f"column {theirs}: expected {expected}, got {repr(value)[:60]} "
                   f"(--columns {self.column}=NAME reads another)")
@@ -276,7 +276,7 @@ class Record:
                         score, weight)
 
     def pair(self, prompt, chosen, rejected):
-        """A pair, with whatever else the row says of it."""
+        """A pair with the row's scores, target, segment and weight."""
         sides = self.answer("chosen", chosen), self.answer("rejected", rejected)
         more = {name: self.number(self.cell(name)) for name in NUMBERS if name in self.cells}
         if "target" in self.cells:
@@ -297,7 +297,7 @@ class Record:
         self.refuse(value, 'the assistant\'s turns from 0, end excluded: {"start": 0, "end": 2}')
 
     def label(self):
-        """Strictly true/false, 1/0 or +1/-1: a guess from text would one day guess wrong."""
+        """Only true/false, 1/0 or +1/-1: a label that is a text would have to be guessed."""
         value = self.cell("label")
         if not isinstance(value, int) or value not in (-1, 0, 1):
             self.refuse(value, "true, false, 1, 0 or -1")
@@ -320,7 +320,7 @@ class Record:
         return self.text(value) if isinstance(value, str) else self.turns(value)
 
     def answer(self, column, value=None):
-        """A text, or the text of one assistant message; else a tuple of turns. [] is no text."""
+        """A text, or the text of one assistant message; else a tuple of turns. [] gives ""."""
         cell = self.cell(column)
         value = cell if value is None else value
         if isinstance(value, str):
@@ -380,7 +380,7 @@ class Record:
         return tuple(Turn(role, self.text(text.strip())) for role, text in zip(roles, parts[1::2]))
 
     def with_system(self, prompt):
-        """A system column makes a conversation of the prompt, and is its first turn."""
+        """Put the system column, if there is one, in front of the prompt as its first turn."""
         system = self.cell("system")
         if not system:
             return prompt
@@ -391,10 +391,10 @@ class Record:
         return (Turn("system", self.text(system)), *prompt)
 
     def with_tools(self, prompt):
-        """A tools column makes a conversation of the prompt; its first turn is the list as JSON."""
+        """Put the tools column, if there is one, in front of the prompt as a turn of JSON."""
         tools = self.cell("tools")
         if isinstance(tools, str):
-            tools = plain(tools)                             # many files have a text there
+            tools = plain(tools)                             # in many files it is a text
         if not tools:
             return prompt
         if not isinstance(tools, list):
@@ -420,7 +420,7 @@ def labelled(row):
 
 
 def labelled_messages(row):
-    """A conversation: its last turn is what the label is about."""
+    """A conversation; the label is about its last turn."""
     turns = row.turns(row.cell("messages"))
     return [row.feedback(turns[:-1], row.answer("messages", turns[-1:]), row.label())]
 
@@ -454,12 +454,12 @@ def paired(row):
 
 
 def whole_chats(row):
-    """The turns that both chats share are the prompt. Of texts it is never a common beginning."""
+    """The prompt is the turns that both chats share: whole turns, never a part of one."""
     return [row.pair(*_split(row.chat("chosen"), row.chat("rejected")))]
 
 
 def _prompt(row):
-    """Of the columns prompt or messages, or LLaMA-Factory's instruction, input and history."""
+    """The prompt: column prompt or messages, or LLaMA-Factory's instruction, input, history."""
     for column in ("prompt", "messages"):
         if column in row.cells:
             return row.prompt(column)

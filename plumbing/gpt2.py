@@ -1,4 +1,4 @@
-"""The small GPT in GPT-2's Hugging Face format: what transformers loads, and what we load again."""
+"""The small GPT in GPT-2's Hugging Face format, which transformers and `load` below read."""
 
 import json
 from pathlib import Path
@@ -8,11 +8,11 @@ from safetensors.torch import load_file, save_file
 
 from plumbing.reading import read_json
 
-TRANSPOSED = ("c_attn.weight", "c_proj.weight", "c_fc.weight")       # there they are (in, out)
+TRANSPOSED = ("c_attn.weight", "c_proj.weight", "c_fc.weight")       # GPT-2 stores them (in, out)
 
 
 def save(policy, folder, eot, weights):
-    """config.json and model.safetensors; where there are no biases, biases of 0."""
+    """Write config.json and model.safetensors. A GPT without biases gets biases of 0."""
     folder, c = Path(folder), policy.config
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {}
@@ -37,7 +37,7 @@ def load(gpt, shape, folder, dtype):
     """gpt: the class, shape: the class of its config.   -> a GPT on the CPU"""
     c = read_json(Path(folder) / "config.json", folder)
     stored = load_file(Path(folder) / "model.safetensors")
-    if not 0 < c["n_layer"] < len(stored):                   # else building it would never end
+    if not 0 < c["n_layer"] < len(stored):                   # a huge number would never end
         raise ValueError(f"config.json: n_layer is {c['n_layer']}; there are {len(stored)} tensors")
     model = gpt(shape(c["vocab_size"], c["n_positions"], c["n_layer"], c["n_head"], c["n_embd"],
                       c["nanokto"]["bias"])).to(dtype)

@@ -1,8 +1,8 @@
-"""Comparisons that others judge: texts kept in a file, blinded pairs, verdicts, length control.
+"""Comparisons of policy and reference: stored texts, blinded pairs, verdicts, length control.
 
 A comparison is comparison.jsonl in a run's folder: one answer of each model to each prompt, sampled
-once, so that every judge reads the same texts. For people or an LLM it is exported as blinded
-pairs; their verdicts, read back, become wins: 1 policy, 0 reference, 1/2 tie.
+once, so that every judge reads the same texts. People or an LLM get it as blinded pairs. Their
+verdicts are read back as wins: 1 policy, 0 reference, 1/2 tie.
 """
 
 import hashlib
@@ -17,7 +17,7 @@ from plumbing.rundir import write
 
 
 def read_result(out):
-    """The content of eval.json; {} where there is none."""
+    """The content of eval.json; {} if there is none."""
     file = Path(out) / "eval.json"
     return read_json(file, out) if file.is_file() else {}
 
@@ -45,9 +45,9 @@ def write_comparison(out, rows):
 
 
 def kept_comparison(out):
-    """(rows, how they were sampled); ([], {}) where there is none of the run's present model.
+    """(rows, how they were sampled); ([], {}) if there is none for the run's present model.
 
-    eval.json holds the file's hash, and a run that goes on writes eval.json anew.
+    eval.json holds the file's hash. A resumed run rewrites eval.json, so the hash is gone then.
     """
     note = read_result(out).get("comparison")
     if not isinstance(note, dict) or _digest(out) != note.get("sha256", ""):
@@ -79,10 +79,10 @@ def export_pairs(out, rows, file):
 
 
 def _places(out, rows):
-    """id of a line -> (pair, where the policy stands: "a" or "b"), in the order of the export.
+    """id of a line -> (pair, side of the policy: "a" or "b"), in the order of the export.
 
-    An id is the comparison's hash and the line's number, and the hash seeds the order: an export
-    can be made again, it fits no other texts, and a stranger learns nothing from it.
+    An id is the comparison's hash and the line's number. The hash also seeds the order. So the same
+    texts give the same export, and an id does not tell the judge which side is the policy.
     """
     digest = _digest(out)[:8]
     places = [(i, side) for i in range(len(rows)) for side in "ab"]
@@ -93,13 +93,13 @@ def _places(out, rows):
 def read_verdicts(out, rows, file):
     """(wins, facts) from lines {"id", "verdict": "a" | "b" | "tie"}; more columns are ignored.
 
-    wins (n,): the mean over a pair's verdicts. Opposite ones in the two orders are about the place
-    and not about the text, and count half for each side.
-    facts: `disagreement`, of the pairs judged in both orders the share whose verdicts differ;
+    wins (n,): the mean over a pair's verdicts. A judge who says "a" in both orders prefers a place,
+    not a text: each side gets half.
+    facts: `disagreement`, the share of pairs judged in both orders whose verdicts differ;
     `position_bias`, the share of "a" among "a" and "b"; `one_order`, pairs judged in one order.
     """
     places = _places(out, rows)
-    given = [{} for _ in rows]          # of each pair: where the policy stood -> its win
+    given = [{} for _ in rows]          # for each pair: side of the policy -> its win
     said = []
     with reading(f"--verdicts {file}"):
         lines = Path(file).read_text(encoding="utf-8-sig").split("\n")
@@ -145,11 +145,11 @@ def length_controlled(wins, differences, *, ridge=1e-3):
     """The win rate at equal lengths: sigma(a), with P(win) = sigma(a + b tanh(d / std(d))).
 
     Paper: Dubois et al. 2024, Length-Controlled AlpacaEval, arXiv 2404.04475. Departure: no term
-    for the difficulty of each instruction, which takes the verdicts on many models.
+    for the difficulty of each instruction, which needs verdicts on many models.
     wins (n,): 1, 0, or 1/2 for a tie. differences d (n,): the policy's length minus the
     reference's, not centred. a and b maximise the log-likelihood minus ridge/2 (a^2 + b^2); the
-    ridge keeps them finite. None where all differences are the same but not 0: nothing tells what
-    is due to length.
+    ridge keeps them finite. None if all differences are equal but not 0: then the effect of length
+    cannot be measured.
     """
     y = np.asarray(wins, float)
     d = np.asarray(differences, float)

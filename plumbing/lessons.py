@@ -12,8 +12,8 @@ A_WINS = 0.8                             # of 100 comparisons A wins 80
 def comparison(log_odds, first, first_won=True):
     """What a loss is told of A and B, two responses of one token.   -> objective.Part of one pair
 
-    log_odds = log pi(A) - log pi(B). The reference says each half the time. The winner's score is
-    2 higher. A third response, the target, has the mean of both log-probs.
+    log_odds = log pi(A) - log pi(B). The reference gives each 1/2. The winner's score is 2 higher.
+    A third response, the target, has the mean of both log-probs.
     """
     ours = F.logsigmoid(torch.stack([log_odds, -log_odds]))
     wins = [A_WINS, 1 - A_WINS]
@@ -33,11 +33,11 @@ def comparison(log_odds, first, first_won=True):
 
 
 def mean_loss(loss, log_odds, **settings):
-    """The mean over all comparisons, at default settings but for these.   ()"""
+    """The mean loss over all comparisons; `settings` replace the loss's defaults.   ()"""
     names, defaults = objective.signature(loss)
     settings = defaults | {key: value for key, value in settings.items() if key in defaults}
     cases = [(A_WINS, "A", True), (1 - A_WINS, "B", True)]       # share, who comes first, it won
-    if "preferred" in names:                                     # the winner may come second, too
+    if "preferred" in names:                                     # the winner may also come second
         cases = [(share / 2, first, won) for share, first, won in
                  [*cases, (A_WINS, "B", False), (1 - A_WINS, "A", False)]]
     total = 0.0

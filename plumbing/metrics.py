@@ -1,7 +1,7 @@
-"""What the log says of a step on preferences, and what step 0 must look like.
+"""The metrics of a step on preferences, and the self-check of step 0.
 
-Every metric is a sum and a count, summed over parts and processes once, so it is over the whole
-batch however that is split. `self` is an objective.Preferences: it takes these as its methods.
+Every metric is a sum divided by a count, both taken over all parts and processes. So it does not
+depend on how the batch is split. These functions are methods of objective.Preferences.
 """
 
 import torch
@@ -11,8 +11,8 @@ from plumbing import parallel
 
 
 def watch(self, part, losses):
-    """Sums over these examples, but for those of weight 0.   -> {name: tensor ()}"""
-    own = part.logps.detach()[:, :2]                         # SLiC's third response is neither
+    """Sums over these examples, without those of weight 0.   -> {name: tensor ()}"""
+    own = part.logps.detach()[:, :2]                         # without SLiC's third response
     thumbs = [row.desirable for unit in part.units for row in unit[:2]]
     up = torch.tensor(thumbs, device=own.device).view_as(own)          # (b, rows)
     counts = (part["weight"] > 0).to(own.dtype)                        # (b,)
@@ -27,7 +27,7 @@ def watch(self, part, losses):
     beta = self.hyper.get("beta") or 1.0
     if ratios.shape[1] > 1:
         margin = torch.where(up[:, 0], ratios[:, 0] - ratios[:, 1], ratios[:, 1] - ratios[:, 0])
-        # Equal but for rounding, as before the first step: half right.
+        # A margin of 0 up to rounding, as before the first step, counts as half right.
         right = torch.where(margin.abs() < 1e-9, 0.5, (margin > 0).to(own.dtype))
     else:
         z0 = 0.0
@@ -40,14 +40,14 @@ def watch(self, part, losses):
 
 
 def report(self, sums, batch):
-    """The metrics of a step. A class that is absent from the batch gives None, never NaN."""
+    """The metrics of a step. A class without examples in the batch gives None, never NaN."""
     def mean(name, count):
         return sums[name] / sums[count] if sums[count] else None
 
     line = {"loss": sums["loss"] / batch.n,
             "logps/chosen": mean("logps/chosen", "good"),
             "logps/rejected": mean("logps/rejected", "bad")}
-    line |= self.stats                                       # of responses written at this step
+    line |= self.stats                                       # about responses of this step
     if "kl_logratios" in batch.known:
         ratios = batch.known["kl_logratios"]
         line["z0"] = float(kto.reference_point(ratios))
@@ -70,17 +70,17 @@ def tokens(self, batch):
 def first_look(self, policy, micro_batch_size=0):
     """(loss, what it must be at equal weights, largest |log-ratio|) of the first batch.
 
-    The second number is the loss itself on the same measured numbers, but for those that the
-    registry says are 0 where policy and reference are equal: these are set to 0.
+    The second number is the same loss, but every quantity that is 0 at equal weights (`zero` in
+    the registry) is set to 0 before.
     """
     before = dict(self.running)
     batch = next(self.batches(policy, 0))
-    self.running.clear()                                     # the step itself will count it
+    self.running.clear()                                     # as before: step 0 will count it
     self.running.update(before)
     loss = expected = largest = 0.0
     if "kl_logratios" in self.over_batch:
         largest = float(batch.known["kl_logratios"].abs().max())
-    with parallel.alone():                                   # everybody looks at the whole batch
+    with parallel.alone():                                   # every process measures all of it
         size = batch.part_size or micro_batch_size
         parts = parallel.deal(batch.units, policy.token_budget, size)
     for part, _ in parts:

@@ -1,11 +1,11 @@
 """Several processes that compute one step. With one process every function here does nothing.
 
-Only sums cross between processes: each fills in its part of a table and leaves the rest 0.
+Processes exchange only sums: each one fills in its part of a table and leaves the rest 0.
 
 Two layouts. Replicated: every process has the whole model, and gradients are summed here.
 Sharded (torch's fully_shard, FSDP2): every process keeps its part of every layer, a layer is
 gathered when it is needed, and gradients are summed in backward. A sharded model hangs unless all
-processes run equally many forwards: `deal` gives all of them equally many parts.
+processes run equally many forwards, so `deal` gives them equally many parts.
 """
 
 import os
@@ -23,7 +23,7 @@ rank = int(os.environ.get("RANK", 0))
 size = int(os.environ.get("WORLD_SIZE", 1))
 local = int(os.environ.get("LOCAL_RANK", 0))
 device = torch.device("cpu")                                # of this process, after `join`
-store = None                                                # where processes leave notes
+store = None                                                # keys and values that all can read
 
 
 # --- meeting and talking ------------------------------------------------------------------------
@@ -42,12 +42,12 @@ def join(name="", timeout=1800):
             os.environ.setdefault("GLOO_SOCKET_IFNAME", loopback)
         wait = timedelta(seconds=timeout)
         first, *_ = next(dist.rendezvous("env://", timeout=wait))
-        # torchrun keeps one store for all its restarts: without a name of its own, a restart
-        # would call the addresses that the dead have left there.
+        # torchrun keeps one store for all its restarts. Without a prefix of its own, a restart
+        # would use the addresses of the processes that have died.
         store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), first)
         backend = "nccl" if cuda else "gloo"
         dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=wait)
-    barrier()                                               # all have looked at --out by now
+    barrier()                                               # until all have looked at --out
     return device
 
 
@@ -63,7 +63,7 @@ def bar(total, what, initial=0):
 
 
 def watch(items, what):
-    """The same items, and after two seconds a progress bar on process 0."""
+    """Yield the items; after two seconds process 0 shows a progress bar."""
     return tqdm(items, desc=what, disable=rank != 0, dynamic_ncols=True, delay=2, unit=" rows",
                 mininterval=0.5 if sys.stderr.isatty() else 20)
 
@@ -102,12 +102,12 @@ def use_threads(policy):
 
 
 def any_of(list_):
-    """Is the list of any process not empty?"""
+    """True if the list of any process is not empty."""
     return bool(total(torch.tensor(float(len(list_)))))
 
 
 def until_first_is_done():
-    """Process 0 works alone at the end; at a barrier the others would give up after --timeout."""
+    """Wait for process 0, which works alone at the end. A barrier would end after --timeout."""
     if size > 1 and rank == 0:
         store.set("done", "yes")
     elif size > 1:
@@ -120,12 +120,12 @@ def leave():
 
 
 def first_to_say(line):
-    """Has no other process said this yet? A complaint of all processes is printed once."""
+    """True if no other process has said this line: an error of all is printed once."""
     if store is None:
         return rank == 0
     try:
         return store.add(line, 1) == 1
-    except RuntimeError:                                    # torchrun, who holds the store, is gone
+    except RuntimeError:                                    # torchrun, which holds it, has ended
         return True
 
 
@@ -135,7 +135,7 @@ def deal(units, budget, micro_batch_size=0):
     """This process's parts of a batch: [(indices, weight), ...], equally many on every process.
 
     Process r takes every size-th unit from the r-th on, `micro_batch_size` at a time, or as many
-    as fit into `budget` tokens. Who has fewer parts than another repeats unit 0 with weight 0.
+    as fit into `budget` tokens. A process with fewer parts repeats unit 0 with weight 0.
     """
     def parts_of(process):
         share = range(process, len(units), size)
@@ -152,7 +152,7 @@ def deal(units, budget, micro_batch_size=0):
 
 
 def sum_gradients(module):
-    """Every gradient becomes the sum over processes. One that is missing counts as 0."""
+    """Replace every gradient by its sum over processes. A missing one counts as 0."""
     if sharded(module):                                     # FSDP has summed in backward
         return
     for p in module.parameters():
@@ -165,7 +165,7 @@ def sum_gradients(module):
 
 
 def precision(dtype, where=None):
-    """bf16: autocast, with weights in float32. Everything else: as the weights are."""
+    """bf16: autocast, with weights in float32. Other dtypes: nothing, the weights decide."""
     if dtype != "bf16":
         return nullcontext()
     return torch.autocast((where or device).type, torch.bfloat16)
@@ -174,20 +174,20 @@ def precision(dtype, where=None):
 # --- models larger than one GPU -----------------------------------------------------------------
 
 def sharded(module):
-    return hasattr(module, "unshard")                       # which fully_shard adds
+    return hasattr(module, "unshard")                       # fully_shard adds this method
 
 
 def whole(tensor):
-    """A tensor of which each process may hold a part, put together. All processes must ask."""
+    """A whole tensor, of which each process may hold a part. All processes must call this."""
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
 def load_sharded(load, dtype):
-    """`load()` a policy of which each process then keeps its part of every block.
+    """Call `load()` for a policy, and keep this process's part of every block.
 
-    Embedding and head are the root's. Processes of a machine load one after the other, so main
-    memory holds one whole model. bf16: parts stay float32, a block is gathered and computed in
-    bf16, and gradients are summed in float32.
+    Embedding and head are sharded with the root module. The processes of a machine load one after
+    the other, so main memory holds only one whole model. bf16: parts stay float32, a block is
+    gathered and computed in bf16, and gradients are summed in float32.
     """
     from torch.distributed.device_mesh import init_device_mesh
     mesh = init_device_mesh(device.type, (size,))
@@ -197,7 +197,7 @@ def load_sharded(load, dtype):
             try:
                 policy = load()
                 shard(policy, mesh, dtype)
-            except SystemExit as e:                         # the others wait for their turn
+            except SystemExit as e:                         # raised later: others wait at barriers
                 refusal = e
         barrier()
     if refusal:

@@ -1,6 +1,6 @@
-"""Whatever others wrote is read here, strictly: what is wrong ends in one line that names it.
+"""Strict reading of files that others wrote: every error is one line that names the file.
 
-`said` is who named a folder or file, "--model out/kto/model". A line reads
+`said` is the flag that named a folder or file, "--model out/kto/model". An error line is
 "--model out/kto/model: config.json: JSONDecodeError: Expecting value: line 1 column 1".
 """
 
@@ -15,15 +15,15 @@ from safetensors import safe_open
 
 @contextmanager
 def reading(said):
-    """Any error in here is one of reading. What writes belongs outside."""
+    """Turn any error inside into one line. Only read inside: it would hide errors of writing."""
     try:
         yield
-    except Exception as error:                               # of many libraries
+    except Exception as error:                               # many libraries have their own
         raise SystemExit(f"{said}: cannot be read ({one_line(error)})") from None
 
 
 def one_line(error):
-    """An exception in one line; a collective's says what its first process said."""
+    """An exception in one line; of a collective's errors the first."""
     failures = getattr(error, "failures", None)
     if failures:
         error = next(iter(failures.values()))[0]
@@ -31,12 +31,12 @@ def one_line(error):
 
 
 def check_path(path, said):
-    """Refuse what no file system can hold, and pipes and devices, which may never end."""
+    """Refuse impossible paths, and pipes and devices: reading those may never end."""
     try:
         longest = max(os.fsencode(path).split(b"/"), key=len)
         mode = os.stat(path).st_mode
     except (FileNotFoundError, NotADirectoryError):
-        mode = stat.S_IFREG                                  # who opens it says so, or makes it
+        mode = stat.S_IFREG                                  # opening it will fail, or make it
     except (OSError, ValueError) as error:
         why = getattr(error, "strerror", None) or error      # without the path, which may be long
         raise SystemExit(f"{said[:300]}: no path ({why})") from None
@@ -47,9 +47,9 @@ def check_path(path, said):
 
 
 def read_json(path, said, kind=dict):
-    """The object in a JSON file; of kind `list`, the array."""
+    """The object in a JSON file, or with kind=list the array."""
     path = Path(path)
-    if not path.is_file():                                   # nor a pipe, which would block
+    if not path.is_file():                                   # also a pipe, which would block
         raise SystemExit(f"{said}: no {path.name} there")
     with reading(f"{said}: {path.name}"):
         found = json.loads(path.read_bytes())
@@ -65,7 +65,7 @@ def check_kinds(found, kinds, said):
 
 
 def check_kind(value, kind, name):
-    """A number is whole and at least 1: those of a folder are sizes and counts."""
+    """ValueError for another type. An int must be at least 1: here all are sizes or counts."""
     if type(value) is not kind or (kind is int and value < 1):
         words = {dict: "an object", list: "an array", str: "a text", int: "a number from 1"}
         raise ValueError(f"{name} is {value!r:.60}; expected {words[kind]}")

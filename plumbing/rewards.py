@@ -2,7 +2,7 @@
 
     load_reward    a reward of any kind: reward(prompts, responses) -> numbers
     RewardModel    r(x, y), one number per response, read at its last token
-    Critic         V(s_t), one number per token: what PPO's policy is still to get
+    Critic         V(s_t), one number per token: the rewards that PPO's policy can still expect
 """
 
 import importlib.util
@@ -29,17 +29,17 @@ from plumbing.tokenizer import load_tokenizer
 # --- one number per token: critic and reward model ------------------------------------------------
 
 class Scorer(nn.Module):
-    """A transformer whose head says one number per token. It takes flat rows, as a policy does.
+    """A transformer whose head gives one number per token. It takes flat rows, as a policy does.
 
-    A new head is 0, and so is every answer: a new critic expects nothing, a new reward model has
-    loss log 2. The transformer is a copy of its own, not the policy's. That costs a forward more,
-    but the value loss cannot spoil the policy.
+    A new head is 0, and so is every output: a new critic expects nothing, a new reward model has
+    loss log 2. The transformer is not shared with the policy. This costs one more forward, but the
+    value loss cannot damage the policy.
     """
 
     shares_prompts = False
     chunked = True
     sft_adapter = None
-    ahead = 0                 # 0: a number for the text before a token; 1: with this token
+    ahead = 0                 # 0: the number is for the text before a token; 1: including it
 
     def __init__(self, trunk):
         super().__init__()
@@ -56,7 +56,7 @@ class Scorer(nn.Module):
             nn.init.zeros_(self.score.weight)
 
     def forward(self, ids, positions, lengths, predict, targets=None, extra=None):
-        """A number at each of the M positions; a policy's targets are not looked at.   (M,)"""
+        """A number at each of the M positions; targets and extra are ignored.   (M,)"""
         hidden = self.trunk.hidden(ids, positions, lengths, predict + self.ahead)
         return widened(self.score(hidden)[:, 0])
 
@@ -64,7 +64,7 @@ class Scorer(nn.Module):
         self.trunk.checkpoint_activations()
 
     def save(self, folder, *, eot=None):
-        """Our GPT with score.safetensors beside it; else what transformers' classifiers read."""
+        """Our GPT and score.safetensors; any other model as a classifier of transformers."""
         if isinstance(self.trunk, GPT):
             self.trunk.save(folder, eot=eot)
             weight = self.score.weight.detach().cpu().contiguous()
@@ -74,7 +74,7 @@ class Scorer(nn.Module):
 
     @classmethod
     def load(cls, folder, *, new=False, device="cpu", dtype=torch.float32, flag="reward"):
-        """What `save` or transformers wrote. new: a language model will do, with a head of 0."""
+        """Load what `save` or transformers wrote. new: a language model gets a head of 0."""
         said = f"--{flag} {folder}"
         has_head = any("score.weight" in names for names in tensors_of(folder, said).values())
         if not has_head and not new:
@@ -97,16 +97,16 @@ class Scorer(nn.Module):
 
 
 class Critic(Scorer):
-    """V(s_t): what is still to come, said before y_t is known."""
+    """V(s_t): the rewards still to come, estimated before y_t is known."""
 
 
 class RewardModel(Scorer):
-    """r(x, y), read at the response's last token, where all of it is known: see last_token."""
+    """r(x, y), read at the last token, which sees the whole response: see last_token."""
     ahead = 1
 
 
 def last_token(row):
-    """The row with its mask on the last token alone: a RewardModel's sum over it is the reward."""
+    """The row with its mask on the last token only: the sum over the mask is then the reward."""
     mask = np.zeros_like(row.mask)
     mask[-1] = 1
     mask.setflags(write=False)
@@ -142,10 +142,10 @@ def load_reward(spec, tokenizer=None, *, device="cpu", flag="reward"):
     """reward(prompts, responses) -> a list of numbers; more is better.
 
     spec       "world": the help desk's true utility, in points
-               a folder: a reward model, of --loss rm or of anybody
+               a folder: a reward model, trained by --loss rm or elsewhere
                "file.py:function": a Python function of the same two lists
-    tokenizer  the policy's: a reward model must then have the same, and judges rows of tokens
-               as they are (reward.of_rows). Texts go through the folder's own tokenizer.
+    tokenizer  the policy's: then a reward model must have the same one, and can judge rows of
+               tokens (reward.of_rows). Texts go through the folder's own tokenizer.
     """
     said = f"--{flag} {spec}"
     file, _, name = str(spec).rpartition(":")
@@ -171,7 +171,7 @@ def python_reward(file, name, said):
     """`name` in `file`. An error in the user's code keeps its traceback."""
     spec = importlib.util.spec_from_file_location("reward_" + Path(file).stem, file)
     module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module                          # its dataclasses look there
+    sys.modules[spec.name] = module                          # dataclasses look it up there
     spec.loader.exec_module(module)
     function = getattr(module, name, None)
     if not callable(function):
@@ -194,7 +194,7 @@ def finite_numbers(scores, n, said):
 
 
 class ModelReward:
-    """A reward model as a reward, of rows or of texts."""
+    """A reward model as a reward: of rows, or of texts."""
 
     def __init__(self, folder, tokenizer, device, flag):
         self.said = f"--{flag} {folder}"
@@ -212,8 +212,8 @@ class ModelReward:
     def row(self, prompt, response):
         """A prompt and a response as tokens. With a chat template a text is a user's turn.
 
-        A row that is too long loses its left end, but a beginning-of-text stays: rather the
-        question is cut than the answer.
+        A row that is too long loses its left end (a beginning-of-text stays), so that the question
+        is cut and not the answer.
         """
         tokenizer = self.tokenizer
         if tokenizer.has_template:
@@ -234,7 +234,7 @@ def fingerprint(tokenizer):
 
 
 def ask(reward, rows, tokenizer):
-    """The reward of each row's response; a function is told texts, without a BOS.   (B,) float64"""
+    """The reward of each row's response. A function gets texts without a BOS.   (B,) float64"""
     if hasattr(reward, "of_rows"):
         return torch.tensor(reward.of_rows(rows), dtype=torch.float64)
     prompts = [tokenizer.text(i for i in row.prompt.tolist() if i not in tokenizer.bos)

@@ -1,4 +1,4 @@
-"""A run: what it learns from, which models it loads, where it starts, what it leaves.
+"""A run: its data, its models, its stages and its folder.
 
 train.run_once calls its methods in this order:
     find_models, read, prepare_units, count_steps      data: from files to the units of a step
@@ -41,18 +41,18 @@ class Run:
         self.seconds = {}
         self.policy = None
         self.reference_folder = ""                           # of the model this stage starts from
-        self.unmoved = False                                 # is the policy still that model, now?
+        self.unmoved = False                                 # True: the policy still is that model
 
     # --- data
 
     def read(self):
-        """The examples, as files or the world have them."""
+        """Read the examples from files, or make those of the embedded world."""
         source = sources.Files if self.config.data else sources.World
         self.source = source(self.config, self.recipe)
         self.tokenizer = self.source.tokenizer
 
     def prepare_units(self):
-        """The examples, as the loss and the recipe want them."""
+        """Turn the examples into the units that the loss and the recipe need."""
         config, recipe = self.config, self.recipe
         units = recipes.units_for_loss(self.source.units, self)
         if recipe.prepare:
@@ -70,7 +70,7 @@ class Run:
         self.units = units
 
     def find_judges(self):
-        """PPO's reward, and who compares at the end: a wrong name is said before any work."""
+        """Load PPO's reward and the --judge, so that a wrong name fails before any work."""
         where = dict(device=parallel.device)
         if "reward" in self.options:
             self.reward = rewards.load_reward(self.options["reward"], self.tokenizer, **where)
@@ -78,7 +78,7 @@ class Run:
             self.judge_of_texts = rewards.load_reward(self.config.judge, flag="judge", **where)
 
     def count_steps(self):
-        """--epochs in steps of one stage, and a batch that is no larger than the data."""
+        """Turn --epochs into steps of one stage; make the batch no larger than the data."""
         config = self.config
         self.n_units = len(self.units)                       # of one stage
         if self.recipe.stage_units is recipes.easy_first:
@@ -92,12 +92,12 @@ class Run:
         config.steps = config.steps or max(1, steps)
 
     def epoch(self, step):
-        """Passes over the stage's data when this step is done."""
+        """Passes over the stage's data after this step."""
         epoch, k = divmod(step, data.steps_per_epoch(self.n_units, self.config.batch_size))
         return round(epoch + min(1.0, (k + 1) * self.config.batch_size / self.n_units), 4)
 
     def balance_lambdas(self):
-        """`auto` becomes numbers.   -> the line that says which, or None"""
+        """Replace `auto` by numbers.   -> a line about them for the log, or None"""
         hyper = self.hyper
         if "auto" not in (hyper.get("lambda_d"), hyper.get("lambda_u")):
             return None
@@ -118,7 +118,7 @@ class Run:
     # --- models
 
     def find_models(self):
-        """Hub names become the folders of their files."""
+        """Replace the hub names of models by local folders."""
         config = self.config
         self.named = config.model                            # as typed
         for name in ("model", "init", "ref"):
@@ -130,7 +130,7 @@ class Run:
                 setattr(config, name, str(folder))
 
     def start(self):
-        """What is trained, once it fits the data and the flags."""
+        """Load the model to train, and check that it fits the data and the flags."""
         config = self.config
         self.reference_folder = config.ref
         self.policy = self.recipe.learner(self)
@@ -139,8 +139,8 @@ class Run:
         if config.checkpoint_activations:
             self.policy.checkpoint_activations()
         if config.save == "adapter" and actor.sft_adapter:
-            raise SystemExit(f"--save adapter: it would stand on {config.model} merged into its "
-                             "base, which no adapter folder can say; save it merged")
+            raise SystemExit(f"--save adapter: {config.model} was merged into its base, and an "
+                             "adapter folder cannot name a merged model; use --save merged")
         if actor.context < config.max_len:
             raise SystemExit(f"--max_len {config.max_len}: the model in {config.init} has a "
                              f"context of {actor.context} tokens")
@@ -151,7 +151,7 @@ class Run:
 
     @property
     def actor(self):
-        """The language model in what is trained, which for PPO is a pair."""
+        """The language model; PPO trains it together with a critic."""
         return actor_of(self.policy)
 
     def load(self, folder, **how):
@@ -178,19 +178,19 @@ class Run:
         config = self.config
         folder = folder or self.reference_folder
         if config.lora and folder == config.ref and self.starts_at_reference():
-            return self.actor.reference()                    # its adapter switched off
+            return self.actor.reference()                    # the policy without its adapter
         return self.load(folder).requires_grad_(False)
 
     def starts_at_reference(self):
-        """Is the policy's first folder the reference's?"""
+        """True if policy and reference are loaded from the same folder."""
         return Path(self.config.init).resolve() == Path(self.config.ref).resolve()
 
     def must_be_equal(self):
-        """Is the policy its reference before the first step?"""
+        """True if policy and reference must agree before the first step."""
         return self.starts_at_reference() and self.recipe.reference is not recipes.nothing
 
     def reference_table(self, units, path, what, model=None, every_row=False):
-        """log pi_ref of the rows that the steps reach; kept in `path`, and read from there."""
+        """log pi_ref of the rows that the steps use; stored in `path` and read from there."""
         table = torch.full((len(units), len(units[0])), torch.nan, dtype=torch.float64)
         if path.is_file() and not self.config.dry_run:
             table = checkpoint.load_table(path, table.shape)
@@ -219,7 +219,7 @@ class Run:
     # --- stages
 
     def begin_stage(self, stage, first):
-        """What stage `stage` learns from, and what it is compared with: an Objective."""
+        """The Objective of one stage: its loss, its units and its reference."""
         if stage:
             folder = self.out / f"stage-{stage}"
             missing = not folder.exists()
@@ -243,7 +243,7 @@ class Run:
         return rundir.locked(self.out / "lock", wait=False)
 
     def record(self):
-        """config.json, as it will be read back."""
+        """Collect the content of config.json. A resumed run must agree with the old one."""
         versions = {name: version(name) for name in ("torch", "transformers", "numpy")}
         versions["python"] = sys.version.split()[0]
         thumbs = [row.desirable for unit in self.source.units for row in unit]
@@ -272,7 +272,7 @@ class Run:
         parallel.barrier()
 
     def done(self, stage, steps):
-        """Steps done over all stages, when so many of this one are."""
+        """Steps done over all stages, if `steps` of this stage are done."""
         return stage * self.config.steps + steps
 
     def is_over(self, stage, step):
@@ -280,7 +280,7 @@ class Run:
 
     @contextmanager
     def diary(self, stage, first):
-        """What is written and shown after every step."""
+        """The log of a stage: a line per step in metrics.jsonl, and a progress bar."""
         steps = self.config.steps
         bar = parallel.bar(self.stages * steps, f"{self.config.loss}, step", stage * steps + first)
         file = open(os.devnull if parallel.rank else self.out / "metrics.jsonl", "a")
@@ -308,14 +308,14 @@ class Run:
                                moving_model(reference))
 
     def finish(self):
-        """model/, whole or absent; then what came out."""
+        """Write model/, whole or not at all; then evaluate it."""
         config = self.config
         if not score(self.actor, self.source.units[:8]).isfinite().all():
-            raise SystemExit("after the last step the policy's log-probs are not finite; a lower "
-                             f"--lr. There is no model/, {self.out}/checkpoint has what is left")
+            raise SystemExit("after the last step the policy's log-probs are not finite; try a "
+                             f"lower --lr. model/ is not written; {self.out}/checkpoint is kept")
         checkpoint.export(self.actor, self.out / "model", self.tokenizer,
                           adapter=config.save == "adapter")
-        if config.fsdp:                                      # judged by one process, whole
+        if config.fsdp:                                      # process 0 will load the whole model
             self.policy = None
             config.fsdp = False
             gc.collect()
@@ -324,7 +324,7 @@ class Run:
                 self.judge()
 
     def judge(self):
-        """eval.json, pictures, samples, the end of the story, the model card."""
+        """Write eval.json, pictures, samples and the model card; print a summary."""
         policy = self.actor
         if policy is None:
             policy = self.load(self.out / "model")
@@ -370,7 +370,7 @@ class Diary:
 
 
 def moving_model(reference):
-    """The model of a reference that moves, whose weights a checkpoint keeps; else None."""
+    """The model of a moving reference, which a checkpoint must contain; else None."""
     if reference is None or not reference.every:
         return None
     return reference.model

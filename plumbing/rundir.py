@@ -1,9 +1,9 @@
-"""The run's folder: begun, gone on with, never overwritten unasked.
+"""The run's folder: started, resumed, and overwritten only with --overwrite.
 
     config.json     every setting, where it came from, versions, commit
     metrics.jsonl   one line per optimiser step
     checkpoint/     what --resume needs; reference-K.safetensors: the reference's log-probs
-    model/          what transformers loads;  eval.json, samples.md, curves.png: how it came out
+    model/          what transformers loads;  eval.json, samples.md, curves.png: the results
 """
 
 import json
@@ -22,11 +22,11 @@ ABOUT_THE_MACHINE = {"origin", "processes", "versions", "commit"}
 
 
 def check(config):
-    """An existing run is never overwritten unasked; what is not a run's is never deleted."""
+    """Refuse to replace a run without --overwrite, and to delete files that are not a run's."""
     out = Path(config.out)
     if out.exists() and not out.is_dir():
         raise SystemExit(f"--out {out}: is a file; expected a folder")
-    there = set()                                            # one look: another run may begin now
+    there = set()                                            # listed once: others may write now
     if out.is_dir():
         there = {path.name for path in out.iterdir()}
     is_run = "config.json" in there and (out / "config.json").is_file()
@@ -59,7 +59,7 @@ def refuse_strange_kinds(out):
 
 
 def prepare(out, record, done):
-    """Write config.json; drop what a run that is replaced, or killed, has left."""
+    """Write config.json; delete what a replaced or killed run has left."""
     if not done:
         for path in parts(out):
             remove(path)
@@ -68,7 +68,7 @@ def prepare(out, record, done):
     lines = []
     if done and (out / "metrics.jsonl").is_file():
         lines = (out / "metrics.jsonl").read_text(errors="replace").splitlines()
-    kept = {step_of(line): line for line in lines if step_of(line) < done}     # others come again
+    kept = {step_of(line): line for line in lines if step_of(line) < done}     # others are rerun
     write(out / "metrics.jsonl", "".join(line + "\n" for line in kept.values()))
     write(out / "config.json", json.dumps(record, indent=2) + "\n")
 
@@ -81,7 +81,7 @@ def remove(path):
 
 
 def step_of(line):
-    """The step of a line of metrics.jsonl; infinity of half a line, or of one with no numbers."""
+    """The step of a line of metrics.jsonl; infinity for a broken line."""
     try:
         found = json.loads(line)
         numbers = all(isinstance(value, (int, float, type(None))) for value in found.values())
@@ -91,14 +91,14 @@ def step_of(line):
 
 
 def read_config(out, said="--resume, or --overwrite", **kinds):
-    """config.json of a run. kinds: of what will be used, init=str."""
+    """config.json of a run. kinds: types of the entries that will be used, init=str."""
     found = read_json(out / "config.json", f"{said}: {out}")
     check_kinds(found, kinds, f"{said}: {out}: config.json")
     return found
 
 
 def refuse_changes(out, record, may_change):
-    """A resumed run must be the same run, but for what `may_change`."""
+    """Refuse to resume with other settings, except those in `may_change`."""
     old = read_config(out)
     changed = [f"{key} was {old[key]}, is {record[key]}"
                for key in sorted(record.keys() & old.keys() - may_change - ABOUT_THE_MACHINE)
@@ -109,7 +109,7 @@ def refuse_changes(out, record, may_change):
 
 
 def write(path, text):
-    """Written beside and renamed, and on the disk when this returns."""
+    """Write a file under another name, rename it, and wait until it is on the disk."""
     beside = path.with_name(path.name + ".tmp")
     try:
         with open(beside, "w", encoding="utf-8") as file:
@@ -123,7 +123,7 @@ def write(path, text):
 
 @contextmanager
 def locked(path, wait=True):
-    """Hold a lock file. Where another process holds it: wait, or end in one line."""
+    """Hold a lock file. If another process holds it: wait, or end with one line."""
     check_path(path, f"--out {path.parent}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -143,9 +143,9 @@ def locked(path, wait=True):
 
 
 def commit():
-    """The git commit of this code, with "-dirty" where files differ from it; None without git.
+    """The git commit of this code, with "-dirty" if files differ from it; None without git.
 
-    results/ may differ: what was measured before lies there.
+    Changes in results/ do not count: earlier runs have written them.
     """
     def git(*words):
         return subprocess.run(["git", *words], cwd=Path(__file__).parents[1], text=True,

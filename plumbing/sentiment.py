@@ -1,4 +1,4 @@
-"""Two judges of what a text says: VADER's lexicon, and a classifier fitted to people's ratings.
+"""Two judges of a text's sentiment: VADER's lexicon, and a classifier fitted to people's ratings.
 
 Both come from one source distribution, vaderSentiment 3.3.2 (MIT): the lexicon, and 23,703 texts
 from tweets, film reviews, product reviews and a newspaper, each rated by about twenty people from
@@ -46,8 +46,8 @@ class Lexicon:
 class Reader:
     """log-odds that people would call a text positive: logistic regression on its words.
 
-    Words and pairs of neighbours are counted, each in one of 2^18 places that a hash names; two
-    that share a place share a weight. `fit`: AdamW, 4 passes over the texts.
+    It counts words and pairs of neighbouring words. A hash gives each one of 2^18 weights; words
+    with the same hash share one. `fit`: AdamW, 4 passes over the texts.
     """
 
     def __init__(self, places=2**18):
@@ -90,8 +90,8 @@ class Reader:
 def fit_reader(texts, lexicon, seed=0):
     """(the second judge, how often either judge agrees with people on texts it was not fitted to).
 
-    Asked is only whether a text is positive or negative; texts that people rate within 0.5 of
-    neutral are left out.
+    The question is only whether a text is positive or negative; texts that people rate within 0.5
+    of neutral are left out.
     """
     clear = [pair for group in texts.values() for pair in group if abs(pair[1]) > 0.5]
     order = np.random.default_rng(seed).permutation(len(clear))

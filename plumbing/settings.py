@@ -1,8 +1,8 @@
 """The command line: every field of `Config` and every setting of the loss is a flag.
 
-Precedence: command line, then the embedded world's settings for that loss (world.SETTINGS; of
-real models a line of PRESETS below), then the loss's signature, then `Config`. Whatever is wrong
-ends here in one line that says what would have been valid.
+A value comes from the command line; else from the embedded world's settings for that loss
+(world.SETTINGS; with --data from PRESETS below); else from the loss's signature or `Config`.
+A wrong flag ends the program with one line that says what is valid.
 """
 
 import argparse
@@ -22,7 +22,7 @@ from plumbing.reading import check_path
 
 
 def flag(default, help, *, least=None, most=None, positive=False, choices=(), may_change=False):
-    """One flag. may_change: --resume may be given another value of it."""
+    """One flag. may_change: a resumed run may have another value of it."""
     return field(default=default, metadata=dict(
         help=help, least=least, most=most, positive=positive, choices=choices,
         may_change=may_change))
@@ -46,7 +46,7 @@ class Config:
     resume: bool = flag(False, "continue the run in --out", may_change=True)
     dry_run: bool = flag(False, "everything up to the first step; writes nothing")
     batch_size: int = flag(32, "rows or pairs per optimiser step, over all processes", least=1)
-    micro_batch_size: int = flag(0, "of them per forward (0: as many as fit a token budget)",
+    micro_batch_size: int = flag(0, "rows or pairs per forward (0: as many as fit a token budget)",
                                  least=0, may_change=True)
     steps: int = flag(0, "optimiser steps (0: as --epochs says)", least=0, may_change=True)
     epochs: float = flag(1.0, "passes over the data", positive=True, may_change=True)
@@ -56,32 +56,32 @@ class Config:
     max_grad_norm: float = flag(1.0, "gradients are scaled down to this norm; 0: never", least=0)
     seed: int = flag(0, "of data order, initial weights and sampling", least=0,
                      most=2**63)
-    lora: int = flag(0, "rank of low-rank adapters, which alone are trained; 0: none", least=0)
+    lora: int = flag(0, "rank of low-rank adapters; only they are trained; 0: none", least=0)
     save: str = flag("merged", "with --lora: what model/ holds", choices=("merged", "adapter"),
                      may_change=True)
     checkpoint_activations: bool = flag(False, "recompute activations in backward: less memory, "
                                         "a quarter more time", may_change=True)
     compile: bool = flag(False, "torch.compile: minutes to start, for GPUs", may_change=True)
-    fsdp: bool = flag(False, "share weights and optimiser out over the processes")
+    fsdp: bool = flag(False, "shard weights and optimiser over the processes")
     trust_remote_code: bool = flag(False, "run Python code that comes with --model")
-    dtype: str = flag("fp32", "bf16: autocast, weights stay fp32 (frozen ones of --lora do not)",
+    dtype: str = flag("fp32", "bf16: autocast, weights stay fp32 (with --lora frozen ones do not)",
                       choices=("fp32", "bf16", "fp64"))
-    device: str = flag("", "cpu, cuda or mps (default: cuda where there is one)", may_change=True)
+    device: str = flag("", "cpu, cuda or mps (default: cuda if there is one)", may_change=True)
     max_len: int = flag(1024, "tokens per row, never above the model's context", least=2,
                         most=2**24)
     max_prompt_len: int = flag(512, "tokens per prompt; longer ones lose their left end", least=1)
     threshold: float = flag(None, "scored rows: desirable if reward > threshold")
     columns: str = flag("", "column names, prompt=question,completion=answer")
-    turns: str = flag("last", "assistant turns of a conversation that train",
+    turns: str = flag("last", "assistant turns of a conversation that are trained",
                       choices=("last", "all"))
     add_eot: bool = flag(True, "end-of-text after whole responses")
-    chat: bool = flag(False, "a prompt that is a text is a user's turn of --model's chat template")
-    template_args: tuple = flag((), "of --model's chat template: enable_thinking=false ...")
-    lambda_ratio: float = flag(4 / 3, "what auto makes of lambda_d n_d / (lambda_u n_u)")
+    chat: bool = flag(False, "put a prompt that is a text into --model's template as a user's turn")
+    template_args: tuple = flag((), "arguments of --model's template: enable_thinking=false ...")
+    lambda_ratio: float = flag(4 / 3, "lambda_d n_d / (lambda_u n_u) that auto aims at")
     pretrain_steps: int = flag(300, "embedded world: steps of pretraining", least=0)
-    sft_steps: int = flag(200, "small GPT: steps of supervised fine-tuning before", least=0)
+    sft_steps: int = flag(200, "small GPT: steps of SFT before alignment", least=0)
     flip: float = flag(0.0, "embedded world: share of labels that are flipped", least=0)
-    judge: str = flag("", "of --data runs: who compares policy and reference at the end: a reward "
+    judge: str = flag("", "with --data: the judge of policy and reference at the end, a reward "
                       "model's folder or file.py:function", may_change=True)
     eval_every: int = flag(0, "steps between evaluations (0: only at the end)", least=0,
                            may_change=True)
@@ -95,7 +95,7 @@ FIELDS = {f.name: f for f in fields(Config)}
 MAY_CHANGE = {name for name, f in FIELDS.items() if f.metadata["may_change"]}
 OF_FILES = ("eval_data", "threshold", "columns", "tokenizer", "turns", "add_eot", "chat",
             "template_args")
-# Of the losses' and recipes' own flags. What else there is to say, a loss says itself.
+# Limits of the losses' and recipes' own flags. A loss checks its other limits itself.
 LEAST = {"stages": 1, "ref_every": 1, "lambda_d": 0, "lambda_u": 0, "z0": 0, "ppo_epochs": 1,
          "minibatches": 1, "kl_coef": 0, "vf_coef": 0, "centre": 0, "target_kl": 0, "group": 1}
 POSITIVE = ("beta", "tau", "eta", "clip", "clip_value", "clamp")
@@ -104,7 +104,7 @@ PATHS = ("model", "data", "eval_data", "tokenizer", "init", "ref", "out", "judge
 NO_LIMIT = ("clip", "clip_value", "clamp")                   # inf switches these off
 WORDS = {"z0": ("estimate", "zero", "on_policy"), "lambda_d": ("auto",), "lambda_u": ("auto",),
          "slic_target": ("sample", "chosen", "data")}
-NUMBER_TOO = ("z0", "lambda_d", "lambda_u")                  # a number will do as well
+NUMBER_TOO = ("z0", "lambda_d", "lambda_u")                  # a number is valid, too
 PRESETS = {"small GPT": {"lr": 5e-4},                        # from random weights, it learns fast
            "pairs": {"lr": 1e-6}}
 
@@ -141,7 +141,7 @@ def parse(argv):
     preset, source = preset_of(name, recipe, typed)
     values, origin = {}, {}
     for key, default in defaults_of(hyper | options).items():
-        # In a sum a preset does not speak for terms that disagree on the default.
+        # None: terms of a sum with different defaults. A preset leaves each term its own.
         if key in typed:
             values[key], origin[key] = typed[key], "command line"
         elif key in preset and (key in FIELDS or default is not None):
@@ -159,7 +159,7 @@ def parse(argv):
 
 
 def underscores(match):
-    """--batch-size will do."""
+    """--batch-size means --batch_size."""
     return "--" + match[0][2:].replace("-", "_")
 
 
@@ -295,14 +295,14 @@ def check(settings, typed):
 
 
 def clashes(settings, typed):
-    """(is it so, the line that says what is valid): what would be ignored without a word."""
+    """Yield (True if wrong, the error line) for flags that do not fit or would have no effect."""
     config, recipe, own = settings.config, settings.recipe, settings.hyper | settings.options
     yield config.overwrite and config.resume, "--overwrite and --resume: give one of them"
     yield not 1 <= config.lambda_ratio <= 1.5, "--lambda_ratio: KTO's Eq. 9 asks for [1, 1.5]"
     yield config.flip > 1, f"--flip {config.flip}: a share, from 0 to 1"
     yield "flip" in typed and config.data, "--flip: belongs to the embedded world, not to --data"
     yield "flip" in typed and recipe.learns_from not in ("pairs", "thumbs"), \
-        f"--flip: --loss {config.loss} learns from {recipe.learns_from}, which nobody has labelled"
+        f"--flip: --loss {config.loss} learns from {recipe.learns_from}, which have no labels"
     yield config.loss == "rm" and (config.eval_every or config.judge), \
         "--loss rm: without --eval_every and --judge; a reward model writes nothing"
     yield config.model and not config.data, "--model: needs --data FILE to align it with"
@@ -311,7 +311,7 @@ def clashes(settings, typed):
     yield config.tokenizer and config.model, "--tokenizer: --model brings its own tokenizer"
     for key in ("chat", "template_args"):
         yield key in typed and not config.model, f"--{key}: needs a --model with a chat template"
-    yield config.judge and not config.eval_data, "--judge: needs --eval_data FILE to be asked about"
+    yield config.judge and not config.eval_data, "--judge: needs --eval_data FILE with prompts"
     yield own.get("z0") == "estimate" and config.batch_size == 1, \
         "--batch_size 1: z0 is estimated from mismatched pairs; give 2 or more, or --z0 zero"
     yield not 0 < own.get("ref_mix", 1) <= 1, "--ref_mix: a share, above 0 and up to 1"
@@ -322,13 +322,13 @@ def clashes(settings, typed):
     yield own.get("group") == 1 and not alone, \
         f"--group 1: --loss {config.loss} compares responses to one prompt; give 2 or more"
     yield recipe.online and "auto" in (own.get("lambda_d"), own.get("lambda_u")), \
-        "--lambda_d auto: with --online nobody has counted the thumbs; give numbers"
+        "--lambda_d auto: with --online there are no thumbs to count yet; give numbers"
     yield config.device not in ("", "cpu", "cuda", "mps"), "--device: valid are cpu, cuda, mps"
     yield config.device == "cuda" and not torch.cuda.is_available(), "--device cuda: there is none"
 
 
 def clashes_of_models(settings):
-    """What cannot be adapted, sharded or compiled together."""
+    """Yield the same for what cannot be adapted, sharded or compiled."""
     config, recipe, own = settings.config, settings.recipe, settings.options
     processes = int(os.environ.get("WORLD_SIZE", 1))
     wants = recipe.wants
@@ -356,7 +356,7 @@ def clashes_of_models(settings):
 
 
 def try_the_loss(settings):
-    """The loss knows the ranges of its own settings: call it once, on one example."""
+    """The loss checks the ranges of its own settings: call it once, on one example."""
     example = {name: torch.ones(1, dtype=torch.float64) for name in MEASURED}
     example |= {name: torch.ones(1, dtype=torch.bool) for name in ("desirable", "preferred")}
     example["response"] = torch.zeros(1, dtype=torch.int64)

@@ -1,4 +1,4 @@
-"""`python data.py FILE`: the first batch of a preference file in colour, as it will be trained."""
+"""`python data.py FILE`: the first batch of a preference file in colour, as train.py sees it."""
 
 import argparse
 import contextlib
@@ -27,7 +27,7 @@ def show_lines(sign, colour, text, end=""):
 
 
 def show_response(row, title, sign, colour, tokenizer):
-    """Trained tokens after a sign and in colour, context grey."""
+    """Print a response: trained tokens in colour after a sign, context in grey."""
     print(f"  {title}, {row.n_prompt} prompt + {row.length} trained tokens")
     for trained, run in groupby(range(row.n_prompt, len(row.ids)), key=lambda t: row.mask[t] > 0):
         ids = row.ids[list(run)]
@@ -39,7 +39,7 @@ def show_response(row, title, sign, colour, tokenizer):
 
 
 def show(unit, tokenizer, paired):
-    """A unit as text: (y, y') or, paired, (chosen, rejected, target)."""
+    """Print a unit: (y, y') or, with paired, (chosen, rejected, target)."""
     row = unit[0]
     print(coloured(BOLD, row.where))
     show_lines(" ", GREY, tokenizer.decode(row.ids[:row.n_prompt]))
@@ -104,14 +104,14 @@ def main(argv):
 
 
 def made_up_file():
-    """The same for three thumbs on two prompts."""
+    """Show a made-up file: three thumbs on two prompts."""
     records = [{"prompt": "It is too hot!", "completion": " Clean the vents.", "label": True},
                {"prompt": "It is too hot!", "completion": " Read the manual.", "label": False},
                {"prompt": "No signal.", "completion": " Move it closer.", "label": True}]
     lines = "".join(json.dumps(record) + "\n" for record in records)
-    print(f"A file of thumbs:\n\n{lines}\nand what is made of it. Trained are the tokens after + "
-          "(good) and - (bad). Those\nafter ~ are only measured: y', the response to another "
-          "prompt, for KTO's z0.\n")
+    print(f"A file of thumbs:\n\n{lines}\nand its units. The tokens after + (good) and - (bad) are "
+          "trained. Those after ~\nare only measured: y', the response to another prompt, for "
+          "KTO's z0.\n")
     with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder):
         with open("thumbs.jsonl", "w") as file:
             file.write(lines)

@@ -1,9 +1,9 @@
 """Where rows come from, and how the result is judged: the embedded world, or the user's files.
 
 Both have: task, tokenizer, units, counts (what happened to the rows), format, story and hint (lines
-to print), shape (of the small GPT), base_stages() (what trains it before alignment), held_out(),
+to print), shape (of the small GPT), base_stages() (its training before alignment), held_out(),
 quick(policy, reference) (a few numbers, every --eval_every steps), and
-report(policy, reference, seconds) (eval.json, pictures, the end of the story).
+report(policy, reference, seconds) (eval.json, pictures, the printed summary).
 """
 
 import evaluate
@@ -45,7 +45,7 @@ class World:
         return encode(examples, self.tokenizer, max_len=self.config.max_len,
                       max_prompt_len=self.config.max_prompt_len, **how)
 
-    # --- what its people say
+    # --- its data
 
     def pairs(self):
         pairs = world.pairs(world.N_PAIRS, self.config.seed, flip=self.config.flip)
@@ -57,14 +57,14 @@ class World:
         return self.encode(Feedback(t["prompt"], t["completion"], t["label"]) for t in thumbs)
 
     def segments(self):
-        """Two exchanges, one of which has gone wrong."""
+        """Pairs of conversations. The rejected one has one bad reply."""
         sessions = world.sessions(world.N_PAIRS, self.config.seed)
         examples = [formats.parse(session, f"world: session {i}")[1][0]
                     for i, session in enumerate(sessions)]
         return self.encode(examples, turns="segment")
 
     def replies(self):
-        """Of a good help desk: what SPIN imitates."""
+        """Replies of a good help desk, which SPIN imitates."""
         dialogues = world.dialogues(world.N_EXPERT, self.config.seed + 2, "expert")
         return self.encode(Feedback(prompt, reply, True) for prompt, reply in dialogues)
 
@@ -92,10 +92,10 @@ class World:
                  for messages in world.session_dialogues(n, seed, mix)]
         return [Feedback(tuple(talk[:1]), tuple(talk[1:]), True) for talk in talks]
 
-    # --- after it
+    # --- after alignment
 
     def held_out(self):
-        """Pairs on questions that no stage has seen, and that choose no setting."""
+        """Pairs on questions that no training and no choice of settings has used."""
         pairs = world.pairs(2000, self.config.seed + 3, part="report")
         return self.encode(Pair(**pair) for pair in pairs)[0]
 
@@ -104,7 +104,7 @@ class World:
                                        sessions=self.sessions, **how)
 
     def quick(self, policy, reference):
-        """On the tuning questions: the reporting ones are for the end alone."""
+        """A few numbers on the tuning questions; the report's are only for the end."""
         found = self.judge(policy, reference, part="tune", n=192)
         return {key: found[key] for key in ("win_rate", "reward", "kl", "malformed")}
 
@@ -160,7 +160,7 @@ class Files:
         config, recipe = self.config, self.recipe
         paired = recipe.learns_from in ("pairs", "sessions")
         threshold = config.threshold
-        if recipe.learns_from == "prompts" and threshold is None:      # labels are not looked at
+        if recipe.learns_from == "prompts" and threshold is None:      # labels are not used
             threshold = 0.0
         scored = "pairs" if paired else "labels"
         examples, name = formats.read(
@@ -183,13 +183,13 @@ class Files:
         return examples, units, counts, name
 
     def refuse_weights(self):
-        """Where no row or pair has a loss of its own: PPO's responses, a loss that sorts."""
+        """Refuse weights where no row has a loss of its own: PPO's prompts, a loss that sorts."""
         loss = self.recipe.loss
         own = self.recipe.learns_from != "prompts" and not hasattr(loss, "needs_whole_batch")
         for unit in self.units:
             if unit[0].weight != 1 and not own:
-                raise SystemExit(f"{unit[0].where}: column weight: --loss {self.config.loss} has "
-                                 "no loss of a single row, which it could multiply")
+                raise SystemExit(f"{unit[0].where}: column weight: --loss {self.config.loss} gives "
+                                 "no loss per row that a weight could multiply")
 
     def base_stages(self):
         """SFT on the desirable responses, from random weights."""
@@ -224,7 +224,7 @@ class Files:
 
 
 def context_of(folder):
-    """Positions that the model in `folder` knows, or None."""
+    """The context length of the model in `folder`, or None."""
     found = read_model_config(folder)
     found = found.get("text_config", found)
     with reading(f"{folder}: config.json"):

@@ -1,7 +1,7 @@
-"""Text to tokens and back. Conversations are chat.py's.
+"""Text to tokens and back. For conversations see chat.py.
 
 Text from users is always plain text: "</s>" in a file becomes four characters, never a control
-token. Control tokens come from two places alone: the chat template, and our end-of-text.
+token. Control tokens come only from the chat template and from our end-of-text.
 """
 
 import base64
@@ -22,11 +22,11 @@ EOT = "<|endoftext|>"
 
 
 class Tokenizer:
-    """Over a tiktoken.Encoding; HFTokenizer, below, is the same over a Hugging Face tokenizer."""
+    """Wraps a tiktoken.Encoding. HFTokenizer below wraps a Hugging Face tokenizer."""
 
     has_template = False
     wrap = False                                  # --chat: a prompt's text is a user's turn
-    also_stops = ()                               # tokens that the model's folder names
+    also_stops = ()                               # more stop tokens, from the model's folder
 
     def __init__(self, backend):
         self.backend = backend
@@ -38,8 +38,8 @@ class Tokenizer:
     def encode(self, text, control=False, follow=False):
         """Tokens of text. What spells a control token becomes one only with `control`.
 
-        follow: the text goes on from other text. Some tokenizers put a blank, "\u2581", in front of
-        all text; after a line break, which is taken away again, they do not.
+        follow: the text continues other text. Some tokenizers put a blank, "\u2581", before a text,
+        but not after a line break. So we put a line break before it and remove its tokens.
         """
         if not follow or not text:
             return self.encode_whole(text, control)
@@ -55,14 +55,14 @@ class Tokenizer:
         return self.backend.encode_ordinary(text)
 
     def read_ahead(self, examples):
-        """The same examples; their texts may be tokenised meanwhile, see HFTokenizer."""
+        """Yield the examples; HFTokenizer tokenises their texts ahead of time."""
         return examples
 
     def decode(self, ids):
         return self.backend.decode([int(i) for i in ids if i < self.vocab_size])
 
     def text(self, ids):
-        """A response as text: without what ends it."""
+        """A response as text, without its stop tokens."""
         return self.decode([i for i in ids if i not in self.stops])
 
     def prompt_ids(self, prompt):
@@ -75,7 +75,7 @@ class Tokenizer:
 
     @cached_property
     def stops(self):
-        """Sampling stops at the end of a turn, of a text, and at what the model's folder names."""
+        """Sampling stops at these: end of turn, end-of-text, and those of the model's folder."""
         return list(dict.fromkeys([self.end_of_turn.token, self.eot, *self.also_stops]))
 
     def save(self, folder):
@@ -91,7 +91,7 @@ class Tokenizer:
 
 
 def spellings(tokens):
-    """A pattern of all that text from users must not be taken for: tokens, and chat.py's marks."""
+    """A pattern of what text from users must not become: control tokens and chat.py's marks."""
     marks = [chat.OPEN, chat.CLOSE]
     longest_first = sorted([*tokens, *marks], key=len, reverse=True)
     return re.compile("|".join(map(re.escape, longest_first)))
@@ -101,7 +101,7 @@ class HFTokenizer(Tokenizer):
     """A Hugging Face tokenizer, with its chat template if it has one.
 
     settings: {"template_args": {...}, "wrap": True}, from the command line. They are saved with
-    the tokenizer, because whoever uses the model must ask as it was trained.
+    the tokenizer, because the model must be used with the template settings of its training.
     """
 
     def __init__(self, backend, settings=None):
@@ -109,7 +109,7 @@ class HFTokenizer(Tokenizer):
             raise SystemExit("--model: its tokenizer has no end-of-text token (eos_token)")
         self.backend, self.eot, self.vocab_size = backend, backend.eos_token_id, len(backend)
         self.known = {}                                    # texts that were tokenised ahead
-        probe = backend("a").input_ids                     # does it begin with a BOS? ask it
+        probe = backend("a").input_ids                     # shows if texts begin with a BOS
         self.bos = [i for i in probe[:1] if i == backend.bos_token_id]
         tokens = backend.added_tokens_decoder.values()
         self.added = re.compile("|".join(re.escape(str(token)) for token in tokens))
@@ -154,7 +154,7 @@ def load_tokenizer(name=None, *, trust_remote_code=False, settings=None):
     """A tokenizer: bytes (no name), or that of a folder or of a name of the Hugging Face hub.
 
     A folder has tiktoken.json (ours), vocab.bpe + encoder.json (GPT-2's) or tokenizer.json.
-    settings: of chats, see HFTokenizer.
+    settings: for conversations, see HFTokenizer.
     """
     if name is None:
         return Tokenizer(tiktoken.Encoding("bytes", pat_str=r"[^\n]+|\n",
@@ -197,7 +197,7 @@ def stops_of(file):
 
 
 def chat_settings(config):
-    """What the command line says of chats. What it does not say the tokenizer's folder may.
+    """Settings for conversations from the command line; the tokenizer's folder may have others.
 
     --template_args enable_thinking=false date=today
     -> {"template_args": {"enable_thinking": False, "date": "today"}}

@@ -210,7 +210,7 @@ def nca_loss(chosen_logratios, rejected_logratios, *, beta=0.01):
     """-log sigma(beta c) - 1/2 log sigma(-beta c) - 1/2 log sigma(-beta r).   (B,)
 
     Paper: Chen et al. 2024, Noise Contrastive Alignment of Language Models, arXiv 2402.05369
-    Idea: classify each response by its own likelihood: the data's, or a sample of the reference?
+    Idea: by its likelihood alone, tell each response from a sample of the reference.
     The chosen reward beta c is best at log 2; above that c is pushed DOWN. The authors' biased NCA
     is bco_pair with a shift of 0.
     """

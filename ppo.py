@@ -100,7 +100,7 @@ def token_rewards(scores, token_logps, ref_token_logps, mask, *, kl_coef=0.05):
     Their sum, averaged over samples of pi, is E[score] - kl_coef KL(pi || ref): what RLHF
     maximises (Ouyang et al., Eq. 2, without its pretraining term). The penalty is k1, although it
     is noisy: as a reward only k1 has the gradient of the KL.
-    0 where mask is 0. A row without any token drops its score.
+    0 where mask is 0. A row without any token gets no score.
     """
     on = mask > 0
     position = torch.arange(mask.shape[1], device=mask.device).expand(mask.shape)

@@ -159,7 +159,7 @@ def position_kl(logits, targets, ref_logits):
 
 
 def position_confidence(logits, targets, ref_logits):
-    """log p(y_t) - log sum_v p(v)^2, no gradient: 0 on average for the policy's own samples."""
+    """log p(y_t) - log sum_v p(v)^2, no gradient. On own samples its exp is 1 on average."""
     logps = wide_log_softmax(logits.detach())
     return logps.gather(-1, targets[:, None])[:, 0] - torch.logsumexp(2 * logps, -1)
 
@@ -238,7 +238,7 @@ def signature(loss):
     for name in wants:
         if name not in MEASURED:
             near = difflib.get_close_matches(name, MEASURED, 1, cutoff=0)[0]
-            raise SystemExit(f"{loss.__name__} asks for {name!r}, which nobody measures; nearest: "
+            raise SystemExit(f"{loss.__name__} asks for {name!r}, which is not measured; nearest: "
                              f"{near}; known: {', '.join(MEASURED)}")
     return wants, defaults
 

@@ -142,7 +142,7 @@ def train(out, base, rows, args, more):
     print("python train.py", " ".join(words), flush=True)
     done = subprocess.run([sys.executable, str(Path(__file__).with_name("train.py")), *words])
     if done.returncode:
-        raise SystemExit("train.py has stopped, see above; the same command goes on")
+        raise SystemExit("train.py has stopped, see above; the same command continues it")
     return run
 
 

@@ -145,7 +145,7 @@ def train(run, objective, stage, first):
                 run.save_checkpoint(stage, step, optimizer, objective.reference)
             if stopped and not run.is_over(stage, step):
                 raise SystemExit(f"stopped after step {step + 1} of stage {stage + 1}; the same "
-                                 "command with --resume goes on")
+                                 "command with --resume continues it")
 
 
 @contextmanager

@@ -96,7 +96,7 @@ def dry_run(run, train_step, make_optimizer):
     passes = len(run.rows_reached(len(run.units))) if objective.reference else 0
     minutes = (run.stages * config.steps * per_step + passes * per_unit) / 60
     say(f"estimate: {run.stages * config.steps} steps of {per_step:.3f} s and {passes:,} rows of "
-        f"the reference: about {minutes:.1f} minutes, base model and evaluation apart")
+        f"the reference: about {minutes:.1f} minutes, without base model and evaluation")
     say(f"memory at its peak so far: {peak_memory() / 2**30:.2f} GiB; nothing was written to "
         f"{config.out}")
 

@@ -167,7 +167,7 @@ def spell_chat(chat, trained, begin, end):
         begin 1, trained [3]
         prompt    User:.q1..Assistant:.
         response  a1<end>..User:.q2..Assistant:.a2<end>
-        weights   0 but for the last three tokens, a2<end>
+        weights   0 except for the last three tokens, a2<end>
 
     What follows the last trained token is left out. end False: the last turn gets no end-of-turn.
     """
@@ -269,8 +269,7 @@ class Chat:
         asked = self.text(turn, ask=True)
         place = shared(asked, self.whole)
         if place < len(asked) and place < shared(self.text(turn), asked):
-            raise ValueError(f"the chat template writes the first {turn} turns otherwise once "
-                             "others follow")
+            raise ValueError(f"the chat template changes the first {turn} turns when others follow")
         return place
 
     def stop(self, turn, start, end=True):
@@ -404,7 +403,7 @@ def remarks(examples, tokenizer, n=200):
     lines.append(line)
     if counts["answers"]:
         lines.append(f"chat: {counts['answers']} {of} answers follow the generation prompt as the "
-                     "file has them; the template begins a finished answer otherwise")
+                     "file has them; the template begins a finished answer differently")
     if counts["tools"]:
         lines.append(f"chat: {counts['tools']} {of} prompts have tools, and the template leaves "
                      "them out")

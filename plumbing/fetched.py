@@ -58,7 +58,7 @@ def fetch(folder, packages):
     subprocess.run(command)
     if any(checksum(folder / name) != packages[name][1] for name in missing):
         raise SystemExit(f"{folder}: pip could not fetch {', '.join(missing)} as pinned, see above;"
-                         " a file that is put there by hand will do")
+                         " or put the files there by hand")
 
 
 def checksum(file):

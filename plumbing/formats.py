@@ -364,7 +364,7 @@ class Record:
     def part(self, part):
         """The text of {"type": "text", "text": "Why?"}."""
         if not isinstance(part, dict) or part.get("type", "text") != "text":
-            self.refuse(part, "messages of text alone")
+            self.refuse(part, "messages with only text")
         return self.text(part.get("text"))
 
     def chat(self, column):

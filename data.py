@@ -249,7 +249,7 @@ def mismatched(row, partner, max_len):
 
 
 def mismatched_units(units, *, seed, max_len):
-    """(y,) -> (y, y'): y' is the response of a row with another prompt, drawn once for all.
+    """(y,) -> (y, y'): y' is the response of a row with another prompt, drawn once per run.
 
     KTO measures its reference point z0 on y'. ValueError where all prompts are the same.
     """

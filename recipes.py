@@ -70,7 +70,7 @@ def in_random_order(units, seed):
 
 
 def require_target(units, run):
-    """SLiC's --slic_target data: the file brings a third response."""
+    """With --slic_target data refuse a file without a third response."""
     for unit in units:
         if run.options["slic_target"] == "data" and len(unit) < 3:
             raise SystemExit(f"{unit[0].where}: --slic_target data needs the column target")
@@ -210,7 +210,7 @@ def sampled_once(run, units, path, policy, *, desirable):
 # --- what the policy is compared with -----------------------------------------------------------
 
 def frozen(run, units, stage):
-    """Its log-probs are measured once and stored; the model stays only if every step needs it."""
+    """A frozen model. Its log-probs are stored; it stays in memory only if every step needs it."""
     needed = needs(run.recipe.wants, run.given)
     asked = run.recipe.online and "target_logps" in run.recipe.wants   # it writes the target
     if "reference" not in needed and not asked:
@@ -348,7 +348,7 @@ class Recipe:
 
     @property
     def online(self):
-        """Does the policy write the responses, and a reward judge them?"""
+        """True if the policy writes the responses and a reward judges them."""
         return self.feedback == "prompts"
 
     @property

@@ -1,8 +1,9 @@
 """Any Hugging Face causal language model behind the GPT's call, and LoRA adapters on it.
 
-A model's config cannot be trusted to say how it works, so three questions are put to the model
-itself: do its tokens see later ones, do sequences in one row see each other, is our output head
-its own. The answers choose a slower path that is right, or stop.
+A model's config cannot be trusted to say how it works, so four questions are put to the model
+itself: do its tokens see later ones, is our output head its own, does it take our attention, and
+if not, do sequences in one row see each other. The answers choose a slower path that is right, or
+stop.
 
 What transformers only warns of, such as weights that are missing or NaN, is an error here.
 """
@@ -17,7 +18,7 @@ import torch
 import torch.nn as nn
 from safetensors.torch import load_file
 
-from model import GPT, Policy
+from model import GPT, Policy, attend, pieces_of
 from plumbing.kernels import compile_head, fuse
 from plumbing.reading import check_path, read_json, reading, tensors_of
 
@@ -45,24 +46,55 @@ class HFPolicy(Policy):
         self.softcap = getattr(c, "final_logit_softcapping", None)
         self.chunked = self._head_is_ours()
         self._check_causal()
-        self.flat = self._keeps_apart()
-        if not self.flat or "flash" not in (lm.config._attn_implementation or ""):
+        self.shares_prompts = self._takes_our_attention()
+        self.flat = self.shares_prompts or self._keeps_apart()
+        own = self.shares_prompts or "flash" in (lm.config._attn_implementation or "")
+        if not (self.flat and own):
             # Attention over a flat row then costs N x N, which a CPU feels first.
             self.token_budget = 512 if self.flat and lm.device.type == "cpu" else 2048
         # Not a submodule: its weights are those of lm.
         object.__setattr__(self, "peft", add_lora(lm, lora, seed) if lora else None)
 
-    # --- three questions to the model
+    # --- four questions to the model
 
     @torch.no_grad()
     def _check_causal(self):
         """A later token must not change an earlier one's output."""
-        ids, _ = self._probe_row(9)
+        ids, _ = self._probe_row(range(9))
         changed = ids.clone()
         changed[7:] = (ids[7:] + 1) % self.vocab_size
         if not same(self._run(ids[None])[0, :7], self._run(changed[None])[0, :7], 1e-5, 0.03):
             raise SystemExit(f"--model {self.lm.name_or_path}: its tokens see later ones, "
                              "a causal language model is needed")
+
+    @torch.no_grad()
+    def _takes_our_attention(self):
+        """Do its layers call `flat_attention`? The row [a][x][y][z] must hold a, x y and x z.
+
+        Then attention costs no more than these sequences, and a prompt x is computed once.
+        """
+        from transformers import AttentionInterface, AttentionMaskInterface
+        from transformers.masking_utils import sdpa_mask
+        AttentionInterface.register("flat", flat_attention)
+        AttentionMaskInterface.register("flat", sdpa_mask)
+        decoder = self.lm.get_decoder()
+        ids, positions = self._probe_row(range(5), range(3), range(3, 5), range(3, 7))
+        a, x, y, z = ids.split([5, 3, 2, 4])
+        changed = torch.cat([a + 1, x, y + 1, z]) % self.vocab_size
+        alone = [self._run(torch.cat(text)[None])[0] for text in ([a], [x, y], [x, z])]
+        alone[2] = alone[2][len(x):]
+        before = decoder.config._attn_implementation
+        try:
+            decoder.set_attn_implementation("flat")
+            row, moved = (self._run(tokens[None], positions[None], pieces_of([5, (3, 2, 4)]))[0]
+                          for tokens in (ids, changed))
+            unmoved = same(row[5:8], moved[5:8], 0.0, 0.0) and same(row[10:], moved[10:], 0.0, 0.0)
+            if unmoved and same(row, torch.cat(alone), 1e-3, 0.1):
+                return True
+        except Exception:  # any model's own code runs here
+            pass
+        decoder.set_attn_implementation(before)
+        return False
 
     @torch.no_grad()
     def _keeps_apart(self):
@@ -76,7 +108,7 @@ class HFPolicy(Policy):
         whole = (self.context, self.context)
         if any(mask.shape[-2:] == whole for mask in self.lm.buffers()):
             return False  # a mask of its own (GPT-Neo): a flat row may be longer
-        ids, positions = self._probe_row(first, first + 1)
+        ids, positions = self._probe_row(range(first), range(first + 1))
         changed = ids.clone()
         changed[:first] = (ids[:first] + 1) % self.vocab_size
         try:
@@ -107,7 +139,7 @@ class HFPolicy(Policy):
 
         hook = decoder.register_forward_hook(enlarge)
         try:
-            ids, _ = self._probe_row(9)
+            ids, _ = self._probe_row(range(9))
             logits = self.lm(input_ids=ids[None], use_cache=False).logits
         finally:
             hook.remove()
@@ -117,16 +149,19 @@ class HFPolicy(Policy):
         size = logits.abs().amax(-1, keepdim=True).clamp(min=1e-6)  # of each position
         return ours.shape == logits.shape and same(ours / size, logits / size, 1e-3, 0.02)
 
-    def _probe_row(self, *lengths):
-        """A flat row of made-up tokens, and its positions."""
+    def _probe_row(self, *ranges):
+        """A flat row of made-up tokens that stand at these positions, and the positions."""
         device = next(self.lm.parameters()).device
-        ids = (torch.arange(sum(lengths), device=device) * 7 + 3) % self.vocab_size
-        return ids, torch.cat([torch.arange(n, device=device) for n in lengths])
+        positions = torch.tensor([place for each in ranges for place in each], device=device)
+        ids = (torch.arange(len(positions), device=device) * 7 + 3) % self.vocab_size
+        return ids, positions
 
     # --- what model.Policy asks for
 
     def hidden(self, ids, positions, lengths, predict):
         """What `head` sees at the `predict` positions.   (M, d), or (M, V) if not `chunked`"""
+        if self.shares_prompts:
+            return self._run(ids[None], positions[None], pieces_of(lengths))[0][predict]
         if self.flat:
             return self._run(ids[None], positions[None])[0][predict]
         return self._padded(ids, list(lengths))[predict]
@@ -143,11 +178,14 @@ class HFPolicy(Policy):
                 return head.weight
         return None
 
-    def _run(self, rows, positions=None):
+    def _run(self, rows, positions=None, pieces=None):
         """The decoder's output, or the logits if the head is not ours.   (B, T) -> (B, T, d)"""
         inputs = {"input_ids": rows, "use_cache": False}  # with a cache sequences see each other
         if positions is not None:
             inputs["position_ids"] = positions
+        if pieces is not None:  # for flat_attention; a mask of 4 dimensions keeps transformers'
+            inputs["pieces"] = pieces  # own, N x N, from being made
+            inputs["attention_mask"] = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=rows.device)
         if self.chunked:
             return self.lm.get_decoder()(**inputs).last_hidden_state
         return self.lm(**inputs).logits
@@ -300,6 +338,25 @@ class TokenClassifier(nn.Module):
     def forward(self, **inputs):
         hidden = self.classifier.base_model(**inputs).last_hidden_state
         return SimpleNamespace(logits=self.classifier.score(hidden))
+
+
+def flat_attention(module, query, key, value, attention_mask, scaling=None, pieces=None, **more):
+    """What transformers' layers call: `model.attend` on a flat row, (1, heads, N, d) x 3.
+
+    -> (1, N, heads, d). Without `pieces` (the padded rows of `generate`) it is transformers' own.
+    """
+    if pieces is None:
+        from transformers.integrations.sdpa_attention import sdpa_attention_forward
+        return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling,
+                                      **more)
+    for name in more.keys() - {"dropout", "position_ids", "use_cache"}:
+        if more[name] is not None:  # a sliding window, a cap, a bias
+            raise TypeError(f"our attention has no {name}")
+    group = query.shape[1] // key.shape[1]  # query heads that share a key
+    query = query * (scaling * query.shape[-1] ** 0.5)  # attend divides by that root
+    key, value = (t.repeat_interleave(group, dim=1) for t in (key, value))
+    out = attend(*(t[0].transpose(0, 1) for t in (query, key, value)), pieces)
+    return out[None], None
 
 
 def same(a, b, wide, narrow):

@@ -15,6 +15,8 @@ from model import log_probs, loop_attention, pieces_of, widened
 
 # --- the head by blocks of the vocabulary -------------------------------------------------------
 
+KEPT = 2 ** 25  # logits that are kept for backward, at most: 128 MB
+
 def blocked_log_probs(hidden, weight, targets, most):
     """model.head_log_probs with at most `most` logits at a time.   (M, d), (V, d), (M,) -> (M,)"""
     device = hidden.device.type
@@ -24,7 +26,8 @@ def blocked_log_probs(hidden, weight, targets, most):
     size = max(1, most // len(targets))
     if size > 64:
         size -= size % 64  # then the rows of logits are aligned
-    return BlockedHead.apply(hidden, weight, targets, size)
+    keep = torch.is_grad_enabled() and len(targets) * len(weight) <= KEPT
+    return BlockedHead.apply(hidden, weight, targets, size, keep)
 
 
 class BlockedHead(torch.autograd.Function):
@@ -34,37 +37,39 @@ class BlockedHead(torch.autograd.Function):
         backward    dL/dz_v = g (1[v = y] - p_v)               g = dL/dlog p(y)
                     dL/dh = sum_v dL/dz_v W_v                  dL/dW_v = sum_m dL/dz_mv h_m
 
-    Backward computes the logits again.
+    Backward computes the logits again, where they are too many to `keep`.
     """
 
     @staticmethod
-    def forward(ctx, hidden, weight, targets, size):
-        log_sums, target_logits = [], []
+    def forward(ctx, hidden, weight, targets, size, keep=False):
+        log_sums, target_logits, kept = [], [], []
         for start in range(0, len(weight), size):
             logits = hidden @ weight[start:start + size].t()
             log_sum, at_target = compiled(block_sums)(logits, targets - start)
             log_sums.append(log_sum)
             target_logits.append(at_target)
+            if keep:
+                kept.append(logits)
         log_sum = torch.stack(log_sums).logsumexp(0)
         ctx.size = size
-        ctx.save_for_backward(hidden, weight, targets, log_sum)
+        ctx.save_for_backward(hidden, weight, targets, log_sum, *kept)
         return sum(target_logits) - log_sum
 
     @staticmethod
     def backward(ctx, upstream):
-        hidden, weight, targets, log_sum = ctx.saved_tensors
+        hidden, weight, targets, log_sum, *kept = ctx.saved_tensors
         d_hidden = torch.zeros_like(hidden, dtype=log_sum.dtype)
         d_weight = None
         if ctx.needs_input_grad[1]:
             d_weight = torch.empty_like(weight)
-        for start in range(0, len(weight), ctx.size):
+        for block, start in enumerate(range(0, len(weight), ctx.size)):
             words = weight[start:start + ctx.size]
-            logits = hidden @ words.t()
+            logits = kept[block] if kept else hidden @ words.t()
             d_logits = compiled(block_gradient)(logits, targets - start, log_sum, upstream)
             d_hidden += d_logits @ words
             if d_weight is not None:
                 torch.mm(d_logits.t(), hidden, out=d_weight[start:start + ctx.size])
-        return d_hidden.to(hidden.dtype), d_weight, None, None
+        return d_hidden.to(hidden.dtype), d_weight, None, None, None
 
 
 def block_sums(logits, targets):

@@ -7,15 +7,23 @@ A case is named by words, in any combination; WORDS and FLAGS say what each one 
 
     kto-64-64                one KTO step; mean prompt 64 tokens, mean response 64, log-normal
     dpo-256-64-50k-bf16      pairs; a vocabulary of 50257; bf16 autocast
+    kto-128-128-even-llama-d256-32k          rows of one length; a Hugging Face model
     epoch-kto                one epoch from text to trained weights
     generate-64-64           64 new tokens, beside transformers' generate
     memory-kto-256-256-50k   peak MB of two steps, each variant in a process of its own
     kto-512-512-8b-bf16-lora-checkpoint-compile        Llama-3-8B's shape: for a GPU
 
 Models are random. Variants take turns step by step in one process; a ratio is the median of the
-ratios per step. Time is CPU time (on a GPU, wall time). One matmul is timed beside each step: its
-`spread` says how busy the machine is, and it is the peak of `of limit`: FLOPs that a step cannot do
-without / (peak * seconds).
+ratios per step, their time / ours, like with like:
+
+    null            our step / our step: what noise alone does
+    online          both ask the reference's model about the batch at every step
+    cached          both are given the reference's log-probs
+    ... gather      TRL's head sees the labelled positions alone, which it does on GPUs only
+    epoch-...       whole runs, the reference's pass included, whenever it is made
+
+Time is CPU time (on a GPU, wall time). One matmul is timed beside each step: it is the peak of
+`of limit`: FLOPs that a step cannot do without / (peak * seconds).
 """
 
 import argparse
@@ -46,6 +54,7 @@ from tqdm import tqdm
 
 import data
 import model
+from objective import Reference
 from plumbing import huggingface, parallel, rundir, settings, trl_side
 from plumbing.run import Run
 from plumbing.tokenizer import load_tokenizer
@@ -54,6 +63,7 @@ RESULTS = Path(__file__).parent / "results"
 CONTEXT = 4096
 FULL = """kto-64-64 kto-256-64 kto-64-256 kto-256-256 kto-64-64-bf16 kto-64-64-50k kto-64-64-llama
     dpo-64-64 dpo-256-64 dpo-64-256 dpo-256-256 dpo-64-64-bf16 dpo-64-64-50k dpo-64-64-llama
+    kto-64-64-uneven kto-128-128-even-llama-d256-32k dpo-128-128-even-llama-d256-32k
     epoch-kto epoch-dpo generate-64-64 memory-kto-256-256-50k""".split()
 QUICK = ["kto-64-64", "dpo-64-64", "generate-64-8"]
 
@@ -83,7 +93,8 @@ class Case:
 KINDS = {"kto": {}, "dpo": {"loss": "dpo"}, "epoch": {"what": "epoch"},
          "generate": {"what": "generate"}, "memory": {"what": "memory"}}
 WORDS = KINDS | {
-    "50k": {"vocab": 50257}, "llama": {"llama": True},
+    "50k": {"vocab": 50257}, "32k": {"vocab": 32000}, "llama": {"llama": True},
+    "even": {"sigma": 0.0}, "uneven": {"sigma": 1.0}, "d256": {"shape": (4, 8, 256)},
     "124m": {"shape": (12, 12, 768), "vocab": 50257},
     "8b": {"shape": (32, 32, 4096), "vocab": 128256, "llama": True, "big": True}}
 FLAGS = {"bf16": "--dtype=bf16", "lora": "--lora=16", "compile": "--compile",
@@ -161,11 +172,17 @@ class Ours:
         run.prepare_units()
         run.count_steps()
         self.objective = run.begin_stage(0, 0)
+        self.cached = self.objective.reference
+        self.online = None
         self.optimizer = train.make_optimizer(run.policy, run.config)
         torch.set_num_threads(1)                 # a run takes what it can get
 
-    def step(self, step):
+    def step(self, step, online=False):
+        """online: the reference's model is asked about the batch; else its log-probs are known."""
         run = self.run
+        if online and self.online is None:
+            self.online = Reference(model=run.load_reference())
+        self.objective.reference = self.online if online else self.cached
         train.train_step(run.policy, self.objective, self.optimizer, step, run.config)
 
     def indices(self, step):
@@ -272,37 +289,41 @@ def measure(case, variants, tokens, repeats, floor=None):
     times = alternate({**variants, "peak": lambda step: matmuls.append(matmul_seconds(case))},
                       repeats + 1)
     del times["peak"]
-    low, middle, high = np.percentile(matmuls, [10, 50, 90])
     ours = times["nanokto"]
     speeds = [tokens(step + 1) / seconds for step, seconds in enumerate(ours)]
     row = {"rows": case.batch_size, "batches": repeats, "tokens_per_second": np.median(speeds),
-           "spread": (high - low) / middle, "peak_gflops": 1e-9 / middle}
+           "peak_gflops": 1e-9 / np.median(matmuls)}
     if floor:                                    # the peak beside every step: speed changes
         floors = [floor(step + 1) for step in range(repeats)]
         row["of_limit"] = np.median(np.multiply(floors, matmuls[1:]) / ours)
     row["seconds"] = {name: np.median(seconds) for name, seconds in times.items()}
-    for name in list(times)[1:]:
-        row[f"vs_{name}"] = np.median(np.divide(times[name], ours))
+    for name in list(times)[1:]:                 # like with like
+        like = times.get("nanokto online", ours) if name.startswith("online") else ours
+        row[f"vs_{name}"] = np.median(np.divide(times[name], like))
     return row
 
 
 # --- what is measured -----------------------------------------------------------------------------
 
 def measure_step(case, repeats, with_trl, folder):
-    """A step; TRL's with its reference beside it, and with the reference's log-probs given."""
+    """A step; and TRL's, with the reference's model or its log-probs, without and with gather."""
     ours = Ours(case, folder, repeats + 1)
-    variants = {"nanokto": ours.step}
+    variants = {"nanokto": ours.step, "null": ours.step}
     row = {}
     if with_trl:
         theirs = trl_side.Theirs(case, folder, list(records(case, 8)))
-        variants["online"] = partial(theirs.step, ours, False)
-        variants["cached"] = partial(theirs.step, ours, True)
+        variants["nanokto online"] = partial(ours.step, online=True)
+        for name, how in trl_side.VARIANTS.items():
+            variants[name] = partial(theirs.step, ours, **how)
         row = trl_side.apart(ours, theirs)
     return row | measure(case, variants, ours.tokens, repeats, ours.floor)
 
 
 def measure_epoch(case, repeats, with_trl, folder):
-    """A whole run over 64 units: text, tokens, models from their folder, reference pass, steps."""
+    """A whole run over 64 units: text, tokens, models from their folder, reference pass, steps.
+
+    TRL asks its reference at every step ("online") or before the first ("cached"), as we do.
+    """
     steps = max(1, 64 // case.batch_size)
     rows = list(records(case, steps * case.batch_size))
     tokens = []
@@ -313,12 +334,13 @@ def measure_epoch(case, repeats, with_trl, folder):
             ours.step(step)
         tokens.append(sum(ours.tokens(step) for step in range(steps)))
 
-    def online(_):
-        trl_side.Theirs(case, folder, rows).trainer.train()
+    def theirs(_, **how):
+        trl_side.Theirs(case, folder, rows, **how).trainer.train()
 
-    variants = {"nanokto": nanokto}
+    variants = {"nanokto": nanokto, "null": nanokto}
     if with_trl:
-        variants["online"] = online
+        for name, how in trl_side.VARIANTS.items():
+            variants[name] = partial(theirs, **how)
     row = measure(case, variants, lambda step: tokens[step], repeats)
     return row | {"note": f"{steps} steps of {case.batch_size}"}
 
@@ -439,10 +461,12 @@ def scaling(quick, out):
 
 # --- the table ------------------------------------------------------------------------------------
 
-COLUMNS = {"tokens/s": ("tokens_per_second", "{:,.0f}"), "of limit": ("of_limit", "{:.0%}"),
+COLUMNS = {"tokens/s": ("tokens_per_second", "{:,.0f}"), "GFLOP/s": ("peak_gflops", "{:,.0f}"),
+           "of limit": ("of_limit", "{:.0%}"), "null": ("vs_null", "{:.2f}x"),
            "TRL online": ("vs_online", "{:.2f}x"), "cached": ("vs_cached", "{:.2f}x"),
-           "loss apart": ("loss_apart", "{:.0e}"), "grad apart": ("gradient_apart", "{:.0e}"),
-           "spread": ("spread", "{:.0%}")}
+           "on. gather": ("vs_online gather", "{:.2f}x"),
+           "ca. gather": ("vs_cached gather", "{:.2f}x"),
+           "loss apart": ("loss_apart", "{:.0e}"), "grad apart": ("gradient_apart", "{:.0e}")}
 MEASURE = {"step": measure_step, "epoch": measure_epoch, "generate": measure_generate,
            "memory": measure_memory}
 

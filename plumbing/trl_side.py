@@ -3,8 +3,13 @@
 import torch
 
 import model
-import train
 from plumbing import gpt2, parallel
+
+# How its steps are measured. gather: its head sees the labelled positions alone, as on a GPU.
+VARIANTS = {"online": dict(cached=False, gather=False),
+            "cached": dict(cached=True, gather=False),
+            "online gather": dict(cached=False, gather=True),
+            "cached gather": dict(cached=True, gather=True)}
 
 # Columns of its collator, for each row of a unit: tokens, log-prob under the reference.
 COLUMNS = {"kto": [("completion_ids", "ref_logps"), ("KL_completion_ids", "ref_KL_logps")],
@@ -27,6 +32,11 @@ def import_all():
     import trl.trainer.kto_trainer  # noqa: F401
 
 
+def use_gather(gather):
+    import trl.trainer.utils
+    trl.trainer.utils._use_triton = lambda device: gather
+
+
 def word_tokenizer(vocab):
     """Numbers as words, "17 4 230 " <-> [17, 4, 230]: both sides read the same tokens."""
     from tokenizers import Tokenizer, models, pre_tokenizers
@@ -44,7 +54,7 @@ class Theirs:
     cached: it is given the reference's log-probs in place of a model.
     """
 
-    def __init__(self, case, folder, records, *, cached=False):
+    def __init__(self, case, folder, records, *, cached=False, gather=False):
         from accelerate.state import AcceleratorState
         from datasets import Dataset
         from transformers import AutoModelForCausalLM, PrinterCallback
@@ -65,6 +75,7 @@ class Theirs:
             use_cpu=parallel.device.type == "cpu", report_to="none", learning_rate=1e-6,
             save_strategy="no", logging_strategy="no", disable_tqdm=True, num_train_epochs=1,
             dataloader_pin_memory=False, precompute_ref_log_probs=cached, max_length=None)
+        use_gather(gather)
         self.columns = COLUMNS[case.loss]
         self.trainer = trainer(
             model=policy, ref_model=reference, args=settings,
@@ -77,7 +88,7 @@ class Theirs:
     def inputs(self, ours, step, cached):
         """Our batch, mismatched responses included, through its collator."""
         examples = []
-        table = ours.objective.reference.table[ours.indices(step)].tolist()
+        table = ours.cached.table[ours.indices(step)].tolist()
         for unit, ref_logps in zip(ours.units(step), table):
             example = {"prompt_ids": unit[0].ids[:unit[0].n_prompt].tolist(),
                        "label": unit[0].desirable}
@@ -88,9 +99,10 @@ class Theirs:
             examples.append(example)
         return self.trainer.data_collator(examples)
 
-    def step(self, ours, cached, step, update=True):
+    def step(self, ours, step, *, cached, gather, update=True):
         trainer = self.trainer
         trainer.precompute_ref_logps = cached
+        use_gather(gather)
         if trainer.optimizer is None:
             trainer.create_optimizer()
         trainer.optimizer.zero_grad()
@@ -106,12 +118,12 @@ def apart(ours, theirs):
     policy = ours.run.policy
     batch = next(ours.objective.batches(policy, 0))
     loss = 0.0
-    for part, weight in train.parts_of(batch, policy, ours.run.config):
+    for part, _ in parallel.deal(batch.units, policy.token_budget):
         losses = ours.objective.losses(ours.objective.measure(policy, batch, part))
-        share = weight * losses.sum() / batch.n
+        share = losses.sum() / batch.n
         share.backward()
         loss += float(share)
-    loss_trl = theirs.step(ours, True, 0, update=False)
+    loss_trl = theirs.step(ours, 0, cached=True, gather=True, update=False)
     gradients = {name: p.grad for name, p in theirs.model.named_parameters()}
     worst = 0.0
     for name, p in policy.named_parameters():

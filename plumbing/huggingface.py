@@ -350,7 +350,7 @@ def flat_attention(module, query, key, value, attention_mask, scaling=None, piec
         return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling,
                                       **more)
     for name in more.keys() - {"dropout", "position_ids", "use_cache"}:
-        if more[name] is not None:  # a sliding window, a cap, a bias
+        if more[name] is not None and more[name] is not False:  # a window, a cap, a bias
             raise TypeError(f"our attention has no {name}")
     group = query.shape[1] // key.shape[1]  # query heads that share a key
     query = query * (scaling * query.shape[-1] ** 0.5)  # attend divides by that root

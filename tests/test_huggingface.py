@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+import data
 import model
 from plumbing import huggingface, kernels
 from plumbing.huggingface import HFPolicy, TokenClassifier, load_policy
@@ -40,7 +41,8 @@ CORNERS = {
                     attention_types=[[["global", "local"], 1]], max_position_embeddings=16),
 }
 MODELS = FAST | SLOW | CORNERS
-PADDED = ("bloom", "opt")  # no position_ids at all; sequences see each other in spite of them
+PADDED = ("bloom",)  # no position_ids at all
+WINDOWED = ("mistral", "gemma2", "gemma3_text")  # their layers ask for more than our attention has
 PROMPTS = [[3, 4, 5], [7], [9, 8, 7, 6, 5, 4]]
 
 
@@ -89,6 +91,15 @@ def logits_of(policy):
         return policy(*ROW)
 
 
+def ways(policy):
+    """Sets one after the other all ways in which the policy can treat a flat row."""
+    fastest = (policy.shares_prompts, policy.flat)
+    for way in {fastest, (False, policy._keeps_apart()), (False, False)}:
+        policy.shares_prompts, policy.flat = way
+        yield way
+    policy.shares_prompts, policy.flat = fastest
+
+
 def one_line(call, *args, **how):
     with pytest.raises(SystemExit) as stop:
         call(*args, **how)
@@ -101,21 +112,41 @@ def one_line(call, *args, **how):
 @pytest.mark.parametrize("kind", [
     *FAST, *(pytest.param(kind, marks=pytest.mark.slow) for kind in SLOW)])
 def test_every_architecture_gives_what_separate_forwards_give(folder, kind):
-    policy = load_policy(folder(kind))
+    """Logits near 10: float64 rounds at 1e-15. A leak would show as 0.1."""
+    policy = load_policy(folder(kind), dtype=torch.float64)
     expected = alone(policy.lm)
     logps = expected.log_softmax(-1)[PREDICT, TARGETS]
     assert policy.chunked and policy.vocab_size == 64
     assert policy.flat == (kind not in PADDED)
-    for policy.flat in {policy.flat, False}:
+    assert policy.shares_prompts == (kind not in PADDED + WINDOWED)
+    rounding = 1e-5 if kind == "gemma2" else 1e-12  # its softmax is in float32
+    for _ in ways(policy):
         for policy.chunked in (True, False):
             with torch.no_grad():
-                # Logits near 10: float32 rounds at 1e-5. A leak would show as 0.1.
-                close(policy(*ROW), expected, 1e-4)
-                close(policy(*ROW, PREDICT), expected[PREDICT], 1e-4)
-                close(policy(*ROW, PREDICT, TARGETS), logps, 1e-4)
+                close(policy(*ROW), expected, rounding)
+                close(policy(*ROW, PREDICT), expected[PREDICT], rounding)
+                close(policy(*ROW, PREDICT, TARGETS), logps, rounding)
+    policy = load_policy(folder(kind))
     with torch.no_grad():
         wanted = naive_generate(policy, PROMPTS, eot=5, max_new_tokens=6, temperature=2.0)
         assert policy.generate(PROMPTS, eot=5, max_new_tokens=6, temperature=2.0) == wanted
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "llama", "gemma", "mixtral", "granite", "opt"])
+def test_a_prompt_computed_once_gives_what_it_gives_before_each_response(folder, kind):
+    """Log-probs and gradients, in float64. Gemma, Granite and OPT scale their queries otherwise."""
+    policy = load_policy(folder(kind), dtype=torch.float64)
+    rows = [data.make_row([5, 6, 7], response) for response in ([8, 9], [3], [4, 9, 2, 7])]
+    rows.append(data.make_row([9, 3], [5, 6]))
+    found = []
+    for share in (True, False):
+        flat = data.flatten(rows, share=share)
+        sums = flat.sums(policy(*flat[:5]))
+        found.append([sums, *gradients(sums.square().sum(), policy)])
+    assert data.flatten(rows, share=True).lengths == [(3, 2, 1, 4), 4]
+    rounding = 1e-12 if kind in ("gpt2", "opt") else 1e-5  # norms in float32
+    for shared, apart in zip(*found):
+        close(shared, apart, rounding * apart.abs().max().clamp(min=1).item())
 
 
 def test_architectures_that_ended_in_a_traceback_train(folder, tmp_path):
@@ -140,9 +171,10 @@ def test_the_head_in_parts_has_the_gradient_of_the_whole_in_flat_and_in_padded_r
     for kind in ("llama", "gemma2", "phi"):
         policy, found = HFPolicy(tiny_lm(kind).double()), []
         assert (policy.head_weight() is not None) == (kind == "llama")
-        for policy.flat, policy.chunked in ((True, True), (True, False), (False, True)):
-            logps = policy(*ROW, PREDICT, TARGETS)
-            found.append(gradients(logps.square().sum(), policy))
+        for _ in ways(policy):
+            for policy.chunked in (True, False):
+                logps = policy(*ROW, PREDICT, TARGETS)
+                found.append(gradients(logps.square().sum(), policy))
         for other in found[1:]:
             for a, b in zip(other, found[0]):
                 # transformers keeps rotary angles in float32
@@ -191,7 +223,11 @@ def test_a_head_that_is_not_the_models_is_rejected_and_the_answer_is_right_all_t
 
 def test_sequences_that_see_each_other_are_noticed_and_padded(monkeypatch):
     run = HFPolicy._run
-    monkeypatch.setattr(HFPolicy, "_run", lambda self, rows, positions=None: run(self, rows))
+
+    def forgetful(self, rows, positions=None, pieces=None):
+        return run(self, rows, None, pieces)
+
+    monkeypatch.setattr(HFPolicy, "_run", forgetful)
     for std in (0.3, 0.02):
         policy = HFPolicy(tiny_lm("llama", std))  # position_ids are forgotten
         assert not policy.flat
@@ -205,8 +241,8 @@ def test_a_leak_too_small_for_the_comparison_with_rounding_is_noticed(monkeypatc
     the second is exact."""
     run = HFPolicy._run
 
-    def leaky(self, rows, positions=None):
-        out = run(self, rows, positions)
+    def leaky(self, rows, positions=None, pieces=None):
+        out = run(self, rows, positions, pieces)
         return out if positions is None else out + 1e-4 * rows.sum()
 
     assert HFPolicy(tiny_lm("llama", 0.1)).flat
@@ -219,9 +255,9 @@ def test_a_flat_row_that_forgets_its_sliding_window_is_noticed(monkeypatch):
     run = HFPolicy._run
     lm, wide = (tiny_lm("mistral", sliding_window=window) for window in (30, 999))
 
-    def forgetful(self, rows, positions=None):
-        if positions is None:
-            return run(self, rows)
+    def forgetful(self, rows, positions=None, pieces=None):
+        if positions is None or pieces is not None:
+            return run(self, rows, positions, pieces)
         flat = dict(input_ids=rows, position_ids=positions, use_cache=False)
         return wide.base_model(**flat).last_hidden_state
 
@@ -393,8 +429,7 @@ def test_the_reference_stays_the_base_in_all_it_does_and_is_no_second_copy(folde
     base = load_policy(folder("llama"), dtype=torch.float64)
     policy = train_a_little(load_policy(folder("llama"), dtype=torch.float64, lora=4))
     reference = policy.reference().requires_grad_(False)
-    for base.flat in (True, False):
-        policy.flat = base.flat
+    for policy.shares_prompts, policy.flat in ways(base):
         assert torch.equal(logits_of(reference), logits_of(base))
         assert (logits_of(policy) - logits_of(reference)).abs().max() > 1e-2
     assert not reference(*ROW, PREDICT, TARGETS).requires_grad

@@ -78,18 +78,21 @@ class HFPolicy(Policy):
         AttentionInterface.register("flat", flat_attention)
         AttentionMaskInterface.register("flat", sdpa_mask)
         decoder = self.lm.get_decoder()
+        before = decoder.config._attn_implementation
+        pieces = pieces_of([5, (3, 2, 4)])
         ids, positions = self._probe_row(range(5), range(3), range(3, 5), range(3, 7))
         a, x, y, z = ids.split([5, 3, 2, 4])
         changed = torch.cat([a + 1, x, y + 1, z]) % self.vocab_size
-        alone = [self._run(torch.cat(text)[None])[0] for text in ([a], [x, y], [x, z])]
-        alone[2] = alone[2][len(x):]
-        before = decoder.config._attn_implementation
+        unmoved = [5, 6, 7, 10, 11, 12, 13]  # x and z
+        texts = [a, torch.cat([x, y]), torch.cat([x, z])]
+        alone = [self._run(text[None])[0] for text in texts]
+        alone[2] = alone[2][3:]  # z
         try:
             decoder.set_attn_implementation("flat")
-            row, moved = (self._run(tokens[None], positions[None], pieces_of([5, (3, 2, 4)]))[0]
-                          for tokens in (ids, changed))
-            unmoved = same(row[5:8], moved[5:8], 0.0, 0.0) and same(row[10:], moved[10:], 0.0, 0.0)
-            if unmoved and same(row, torch.cat(alone), 1e-3, 0.1):
+            row = self._run(ids[None], positions[None], pieces)[0]
+            moved = self._run(changed[None], positions[None], pieces)[0]
+            right = same(row, torch.cat(alone), 1e-3, 0.1)
+            if right and torch.equal(row[unmoved], moved[unmoved]):
                 return True
         except Exception:  # any model's own code runs here
             pass
@@ -183,8 +186,10 @@ class HFPolicy(Policy):
         inputs = {"input_ids": rows, "use_cache": False}  # with a cache sequences see each other
         if positions is not None:
             inputs["position_ids"] = positions
-        if pieces is not None:  # for flat_attention; a mask of 4 dimensions keeps transformers'
-            inputs["pieces"] = pieces  # own, N x N, from being made
+        if pieces is not None:
+            # For flat_attention. In an object, into which --compile does not look.
+            inputs["flat_row"] = SimpleNamespace(pieces=pieces)
+            # A mask of 4 dimensions is taken as it is; without one an N x N mask would be made.
             inputs["attention_mask"] = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=rows.device)
         if self.chunked:
             return self.lm.get_decoder()(**inputs).last_hidden_state
@@ -225,7 +230,10 @@ class HFPolicy(Policy):
         return found
 
     def compile_layers(self):
+        from transformers import AttentionInterface
         compile_head()
+        # Else it would be compiled again for the lengths of every batch.
+        AttentionInterface.register("flat", torch.compiler.disable(flat_attention))
         for block in self.blocks("compile"):
             block.forward = fuse(block.forward)
         # With a cache, layers would be compiled one by one.
@@ -340,23 +348,24 @@ class TokenClassifier(nn.Module):
         return SimpleNamespace(logits=self.classifier.score(hidden))
 
 
-def flat_attention(module, query, key, value, attention_mask, scaling=None, pieces=None, **more):
-    """What transformers' layers call: `model.attend` on a flat row, (1, heads, N, d) x 3.
+def flat_attention(module, query, key, value, attention_mask, scaling=None, flat_row=None,
+                   **more):
+    """What transformers' layers call: `model.attend` on a flat row.  (1, heads, N, d) x 3
 
-    -> (1, N, heads, d). Without `pieces` (the padded rows of `generate`) it is transformers' own.
+    -> (1, N, heads, d). Without `flat_row` (padded rows, `generate`) it is transformers' own.
     """
-    if pieces is None:
+    if flat_row is None:
         from transformers.integrations.sdpa_attention import sdpa_attention_forward
-        return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling,
-                                      **more)
+        how = {"scaling": scaling, **more}
+        return sdpa_attention_forward(module, query, key, value, attention_mask, **how)
     for name in more.keys() - {"dropout", "position_ids", "use_cache"}:
         if more[name] is not None and more[name] is not False:  # a window, a cap, a bias
             raise TypeError(f"our attention has no {name}")
     group = query.shape[1] // key.shape[1]  # query heads that share a key
     query = query * (scaling * query.shape[-1] ** 0.5)  # attend divides by that root
     key, value = (t.repeat_interleave(group, dim=1) for t in (key, value))
-    out = attend(*(t[0].transpose(0, 1) for t in (query, key, value)), pieces)
-    return out[None], None
+    query, key, value = (t[0].transpose(0, 1) for t in (query, key, value))
+    return attend(query, key, value, flat_row.pieces)[None], None
 
 
 def same(a, b, wide, narrow):

@@ -15,7 +15,7 @@ from model import log_probs, loop_attention, pieces_of, widened
 
 # --- the head by blocks of the vocabulary -------------------------------------------------------
 
-KEPT = 2 ** 25  # logits that are kept for backward, at most: 128 MB
+KEPT = 2 ** 25  # as many logits are kept for backward: 128 MB. More are computed twice
 
 def blocked_log_probs(hidden, weight, targets, most):
     """model.head_log_probs with at most `most` logits at a time.   (M, d), (V, d), (M,) -> (M,)"""
@@ -37,11 +37,11 @@ class BlockedHead(torch.autograd.Function):
         backward    dL/dz_v = g (1[v = y] - p_v)               g = dL/dlog p(y)
                     dL/dh = sum_v dL/dz_v W_v                  dL/dW_v = sum_m dL/dz_mv h_m
 
-    Backward computes the logits again, where they are too many to `keep`.
+    Backward computes the logits again, unless they were few enough to `keep`.
     """
 
     @staticmethod
-    def forward(ctx, hidden, weight, targets, size, keep=False):
+    def forward(ctx, hidden, weight, targets, size, keep):
         log_sums, target_logits, kept = [], [], []
         for start in range(0, len(weight), size):
             logits = hidden @ weight[start:start + size].t()

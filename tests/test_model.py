@@ -94,7 +94,7 @@ def head_inputs(m=23, d=8, v=130):
     return hidden, weight, torch.randint(v, (m,), generator=generator)
 
 
-def test_the_head_in_parts_is_the_head_in_one_piece_in_value_and_gradient():
+def test_the_head_in_parts_is_the_head_in_one_piece_in_value_and_gradient(monkeypatch):
     hidden, weight, targets = head_inputs()
     upstream = torch.linspace(-1, 1, 23, dtype=torch.float64)
     whole = log_probs(hidden @ weight.T, targets)
@@ -104,6 +104,7 @@ def test_the_head_in_parts_is_the_head_in_one_piece_in_value_and_gradient():
         return h @ weight.T
 
     for chunk_elements in (23 * 3, 23 * 70, 10 ** 6):  # 44 blocks of words, 3, 1
+        monkeypatch.setattr(kernels, "KEPT", (chunk_elements % 2) * 10 ** 6)  # none; all, for 44
         blocks = head_log_probs(hidden, weight, targets, chunk_elements=chunk_elements)
         chunks = chunked_log_probs(hidden, head, 130, targets, chunk_elements=chunk_elements)
         for logps in (blocks, chunks):
@@ -125,8 +126,14 @@ def test_no_part_of_the_head_holds_more_logits_than_it_may(monkeypatch):
     for function in (log_probs, kernels.block_sums, kernels.block_gradient):
         monkeypatch.setitem(model.compiled, function, spied(function, shapes))
     hidden, weight, targets = head_inputs(v=20)
-    head_log_probs(hidden, weight, targets, chunk_elements=100).sum().backward()
-    assert shapes == [(23, 4)] * 10  # twice: backward computes them again
+    made, matmul = [], torch.Tensor.__matmul__
+    monkeypatch.setattr(torch.Tensor, "__matmul__", lambda *args: made.append(1) or matmul(*args))
+    for kept, products in ((20 * 23, 10), (20 * 23 - 1, 15)):  # backward computes them again
+        monkeypatch.setattr(kernels, "KEPT", kept)
+        made.clear()
+        shapes.clear()
+        head_log_probs(hidden, weight, targets, chunk_elements=100).sum().backward()
+        assert shapes == [(23, 4)] * 10 and len(made) == products
     shapes.clear()
     head = partial(torch.nn.functional.linear, weight=weight)
     chunked_log_probs(hidden, head, 20, targets, chunk_elements=100).sum().backward()

@@ -36,7 +36,6 @@ import tempfile
 import time
 import warnings
 from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from functools import partial
 from multiprocessing import get_context
@@ -251,17 +250,18 @@ def join(device):
     parallel.bar = lambda total, *_: tqdm(total=total, disable=True)
 
 
-def clock(function):
-    """Seconds that function() takes: CPU time of this process; on a GPU, wall time."""
+def now():
+    """Seconds: CPU time of this process; on a GPU, wall time."""
     if parallel.device.type != "cuda":
-        start = time.process_time()
-        function()
-        return time.process_time() - start
+        return time.process_time()
     torch.cuda.synchronize()
-    start = time.perf_counter()
+    return time.perf_counter()
+
+
+def clock(function):
+    start = now()
     function()
-    torch.cuda.synchronize()
-    return time.perf_counter() - start
+    return now() - start
 
 
 def matmul_seconds(case):
@@ -313,8 +313,8 @@ def measure_step(case, repeats, with_trl, folder):
     if with_trl:
         theirs = trl_side.Theirs(case, folder, list(records(case, 8)))
         variants["nanokto online"] = partial(ours.step, online=True)
-        for name, how in trl_side.VARIANTS.items():
-            variants[name] = partial(theirs.step, ours, **how)
+        variants |= {name: partial(theirs.step, ours, **how)
+                     for name, how in trl_side.VARIANTS.items()}
         row = trl_side.apart(ours, theirs)
     return row | measure(case, variants, ours.tokens, repeats, ours.floor)
 
@@ -334,13 +334,12 @@ def measure_epoch(case, repeats, with_trl, folder):
             ours.step(step)
         tokens.append(sum(ours.tokens(step) for step in range(steps)))
 
-    def theirs(_, **how):
+    def theirs(how, _):
         trl_side.Theirs(case, folder, rows, **how).trainer.train()
 
     variants = {"nanokto": nanokto, "null": nanokto}
     if with_trl:
-        for name, how in trl_side.VARIANTS.items():
-            variants[name] = partial(theirs, **how)
+        variants |= {name: partial(theirs, how) for name, how in trl_side.VARIANTS.items()}
     row = measure(case, variants, lambda step: tokens[step], repeats)
     return row | {"note": f"{steps} steps of {case.batch_size}"}
 
@@ -371,17 +370,11 @@ def measure_generate(case, repeats, with_trl, folder):
 
 def measure_memory(case, repeats, with_trl, folder):
     """Peak MB of each variant, in a process of its own; nothing is timed."""
-    sides = ["nanokto"]
-    if with_trl:
-        sides += ["TRL online", "TRL cached"]
     peaks = {}
-    for side in sides:
+    for side in ["nanokto", "TRL online", "TRL cached"][:3 if with_trl else 1]:
         with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
             peak = pool.submit(peak_of, case, side, folder, str(parallel.device))
-            try:
-                peaks[side] = peak.result()
-            except (torch.OutOfMemoryError, BrokenProcessPool):      # on a GPU; killed
-                peaks[side] = "out of memory"
+            peaks[side] = peak.result()
     said = ", ".join(f"{side} {peak}" for side, peak in peaks.items())
     return {"rows": case.batch_size, "peak_mb": peaks, "note": f"peak MB: {said}"}
 
@@ -472,7 +465,7 @@ MEASURE = {"step": measure_step, "epoch": measure_epoch, "generate": measure_gen
 
 
 def line_of(name, row):
-    cells = [name.ljust(22)]
+    cells = [name.ljust(32)]
     for key, form in COLUMNS.values():
         cells.append((form.format(row[key]) if key in row else "-").rjust(11))
     return "".join(cells) + "  " + row.get("note", "")
@@ -500,16 +493,13 @@ def bench(names, out, *flags, repeats=5, **of_case):
     missing = trl_side.missing()
     if missing:
         print(missing)
-    print("case".ljust(22) + "".join(title.rjust(11) for title in COLUMNS))
+    print("case".ljust(32) + "".join(title.rjust(11) for title in COLUMNS))
     for name in names:
         case = case_named(name, *flags, **of_case)
         with_trl = not (missing or case.big or FLAGS["lora"] in case.flags)
         with tempfile.TemporaryDirectory() as folder:
             make_models(case, Path(folder))
-            try:
-                row = MEASURE[case.what](case, repeats, with_trl, Path(folder))
-            except torch.OutOfMemoryError:
-                row = {"note": "out of memory"}              # the others go on
+            row = MEASURE[case.what](case, repeats, with_trl, Path(folder))
         print(line_of(name, row), flush=True)
         append(out, name, row)
         torch.cuda.empty_cache()                 # other processes of the next case need the room

@@ -55,16 +55,19 @@ def test_a_row_has_medians_over_steps_of_ratios_and_of_the_share_of_the_limit(mo
     def planted(variants, steps):                                # the machine slows down meanwhile
         for step in range(steps):
             variants["peak"](step)
-        return {"nanokto": [1.0, 2.0, 4.0], "online": [3.0, 4.0, 20.0], "peak": []}
+        theirs = [3.0, 4.0, 20.0]
+        return {"nanokto": [1.0, 2.0, 4.0], "nanokto online": [2.0, 2.0, 8.0],
+                "online gather": theirs, "cached": theirs, "peak": []}
 
     matmuls = iter([9.0, 1.0, 2.0, 3.0])                         # the first one warms up
     monkeypatch.setattr(bench, "alternate", planted)
     monkeypatch.setattr(bench, "matmul_seconds", lambda case: next(matmuls))
     row = bench.measure(bench.Case(), {}, lambda step: 100 * step, 3, lambda step: 0.1 * step)
-    assert row["vs_online"] == 3                                 # 3, 2 and 5 times
+    assert row["vs_cached"] == 3                                 # 3, 2 and 5 times
+    assert row["vs_online gather"] == 2                          # 1.5, 2 and 2.5: like with like
     assert row["tokens_per_second"] == 100                       # 100/1, 200/2, 300/4
     assert row["of_limit"] == pytest.approx(0.2)                 # .1 1/1, .2 2/2, .3 3/4
-    assert row["seconds"] == {"nanokto": 2.0, "online": 4.0}
+    assert row["seconds"]["nanokto"] == 2.0 and row["seconds"]["cached"] == 4.0
 
 
 def test_tiny_cases_run_from_end_to_end_without_trl_and_append_their_lines(tmp_path, monkeypatch,
@@ -109,6 +112,10 @@ def test_trls_step_has_our_loss_and_our_gradient(tmp_path):
         theirs = trl_side.Theirs(case, folder, list(bench.records(case, 8)))
         row = trl_side.apart(ours, theirs)
         assert row["loss_apart"] < 1e-5 and row["gradient_apart"] < 1e-4         # float32
+        for how in trl_side.VARIANTS.values():                   # the same step, all of them
+            loss = theirs.step(ours, 0, **how, update=False)
+            assert loss == pytest.approx(row["loss_trl"], rel=1e-5)
+        ours.step(0, online=True)
         assert abs(row["loss"] - {"kto": 0.5, "dpo": np.log(2)}[case.loss]) > 1e-6
 
 

@@ -283,9 +283,11 @@ class Block(nn.Module):
         self.mlp = nn.ModuleDict({"c_fc": nn.Linear(d, 4 * d, bias=c.bias),
                                   "c_proj": nn.Linear(4 * d, d, bias=c.bias)})
 
-    def forward(self, x, attention):
+    def forward(self, x, attention, keep=slice(None)):
+        """keep: the tokens whose result is asked for; the others are only looked at."""
         q, k, v = self.before(x)
-        return self.after(x, attention(self.layer, q, k, v))
+        attended = attention(self.layer, q, k, v)
+        return self.after(x[keep], attended[keep])
 
     def before(self, x):
         """q, k, v, each (N, heads, d / heads)."""
@@ -317,15 +319,17 @@ class GPT(Policy):
             elif name.endswith("bias"):
                 nn.init.zeros_(p)
 
-    def trunk(self, ids, positions, attention):
-        """Hidden states.   (N,), (N,) -> (N, d)
+    def trunk(self, ids, positions, attention, predict=slice(None)):
+        """Hidden states at the `predict` positions, all by default.   (N,), (N,) -> (M, d)
 
-        `attention(layer, q, k, v)` alone knows which tokens belong together.
+        `attention(layer, q, k, v)` alone knows which tokens belong together. Of tokens that predict
+        nothing, such as the prompt's, the last layer needs keys and values only.
         """
         x = self.wte(ids) + self.wpe(positions)
-        for block in self.h:
+        *lower, last = self.h
+        for block in lower:
             x = block(x, attention)
-        return self.ln_f(x)
+        return self.ln_f(last(x, attention, predict))
 
     def hidden(self, ids, positions, lengths, predict):
         """What the output head sees at the `predict` positions.   (M, d)"""
@@ -334,7 +338,7 @@ class GPT(Policy):
         def attention(layer, q, k, v):
             return attend(q, k, v, pieces)
 
-        return self.trunk(ids, positions, attention)[predict]
+        return self.trunk(ids, positions, attention, predict)
 
     def head(self, hidden):
         return F.linear(hidden, self.wte.weight)
@@ -362,7 +366,7 @@ class GPT(Policy):
         ids = torch.tensor([token for prompt in prompts for token in prompt], device=noise.device)
         stops = torch.tensor(stops, device=noise.device)
         last = cache.used.cumsum(0) - 1
-        hidden = self.trunk(ids, cache.column, cache.fill)[last]  # (rows, d)
+        hidden = self.trunk(ids, cache.column, cache.fill, last)  # (rows, d)
         alive = torch.arange(len(prompts), device=noise.device)  # whose rows the cache holds
         responses = [[] for _ in prompts]
         for t in range(new):

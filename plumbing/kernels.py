@@ -1,6 +1,6 @@
-"""Faster code for what model.py computes in a plain way, with the same results.
+"""Faster ways to numbers that model.py computes plainly. Without this file nothing would change.
 
-    blocked_log_probs    the head by blocks of the vocabulary, if there are too many logits
+    blocked_log_probs    the head by blocks of the vocabulary, where the logits would be too many
     varlen_attention     attention of all sequences in one kernel, on GPUs
     compile_head         --compile
 """
@@ -15,17 +15,17 @@ from model import log_probs, loop_attention, pieces_of, widened
 
 # --- the head by blocks of the vocabulary -------------------------------------------------------
 
-KEPT = 2 ** 25  # as many logits are kept for backward: 128 MB. More are computed twice
+KEPT = 2 ** 25  # so many logits, 128 MB, are kept for backward; more are computed again there
 
 def blocked_log_probs(hidden, weight, targets, most):
     """model.head_log_probs with at most `most` logits at a time.   (M, d), (V, d), (M,) -> (M,)"""
     device = hidden.device.type
-    if torch.is_autocast_enabled(device):  # autocast does not reach into BlockedHead
+    if torch.is_autocast_enabled(device):  # it does not look into our own function
         hidden = hidden.to(torch.get_autocast_dtype(device))
         weight = weight.to(torch.get_autocast_dtype(device))
     size = max(1, most // len(targets))
     if size > 64:
-        size -= size % 64  # then the rows of logits are aligned
+        size -= size % 64  # rows of logits then begin where vectors do
     keep = torch.is_grad_enabled() and len(targets) * len(weight) <= KEPT
     return BlockedHead.apply(hidden, weight, targets, size, keep)
 
@@ -37,19 +37,21 @@ class BlockedHead(torch.autograd.Function):
         backward    dL/dz_v = g (1[v = y] - p_v)               g = dL/dlog p(y)
                     dL/dh = sum_v dL/dz_v W_v                  dL/dW_v = sum_m dL/dz_mv h_m
 
-    Backward computes the logits again, unless they were few enough to `keep`.
+    A block's p_v are exp(z_v - top) exp(top - log sum), so backward takes no exponentials anew
+    where the first factor was kept.
     """
 
     @staticmethod
     def forward(ctx, hidden, weight, targets, size, keep):
-        log_sums, target_logits, kept = [], [], []
+        log_sums, target_logits = [], []
+        kept = []  # of each block, if they are few enough
         for start in range(0, len(weight), size):
             logits = hidden @ weight[start:start + size].t()
-            log_sum, at_target = compiled(block_sums)(logits, targets - start)
+            shares, top, log_sum, at_target = compiled(block_sums)(logits, targets - start)
             log_sums.append(log_sum)
             target_logits.append(at_target)
             if keep:
-                kept.append(logits)
+                kept += [shares, top]
         log_sum = torch.stack(log_sums).logsumexp(0)
         ctx.size = size
         ctx.save_for_backward(hidden, weight, targets, log_sum, *kept)
@@ -62,30 +64,38 @@ class BlockedHead(torch.autograd.Function):
         d_weight = None
         if ctx.needs_input_grad[1]:
             d_weight = torch.empty_like(weight)
-        for block, start in enumerate(range(0, len(weight), ctx.size)):
+        for start in range(0, len(weight), ctx.size):
             words = weight[start:start + ctx.size]
-            logits = kept[block] if kept else hidden @ words.t()
-            d_logits = compiled(block_gradient)(logits, targets - start, log_sum, upstream)
-            d_hidden += d_logits @ words
+            if kept:
+                shares, top, *kept = kept
+            else:
+                shares, top, _, _ = compiled(block_sums)(hidden @ words.t(), targets - start)
+            gradient = compiled(block_gradient)(shares, top, targets - start, log_sum, upstream)
+            gradient = gradient.to(hidden.dtype)
+            d_hidden += gradient @ words
             if d_weight is not None:
-                torch.mm(d_logits.t(), hidden, out=d_weight[start:start + ctx.size])
+                torch.mm(gradient.t(), hidden, out=d_weight[start:start + ctx.size])
         return d_hidden.to(hidden.dtype), d_weight, None, None, None
 
 
 def block_sums(logits, targets):
-    """log sum_v exp z_v over a block, and z_y (0 if y is outside).   (M, n) -> (M,), (M,)"""
+    """exp(z_v - top) of a block, (M, n); top = max_v z_v, log sum_v exp z_v and z_y, (M,) each.
+
+    z_y is 0 where y is in another block.
+    """
     logits = widened(logits)
     here = (targets >= 0) & (targets < logits.shape[1])
     at_target = logits.gather(-1, (targets * here)[:, None])[:, 0]
-    return logits.logsumexp(-1), torch.where(here, at_target, 0.0)
+    top = logits.amax(-1)
+    shares = logits.sub_(top[:, None]).exp_()
+    return shares, top, top + shares.sum(-1).log(), torch.where(here, at_target, 0.0)
 
 
-def block_gradient(logits, targets, log_sum, upstream):
-    """upstream * (1[v = y] - p_v) on a block, in the type of the logits.   (M, n) -> (M, n)"""
-    here = (targets >= 0) & (targets < logits.shape[1])
-    gradient = (widened(logits) - log_sum[:, None]).exp_().mul_(-upstream[:, None])
-    gradient.scatter_add_(-1, (targets * here)[:, None], (upstream * here)[:, None])
-    return gradient.to(logits.dtype)
+def block_gradient(shares, top, targets, log_sum, upstream):
+    """upstream * (1[v = y] - p_v) on a block; p_v = shares * exp(top - log_sum).   -> (M, n)"""
+    here = (targets >= 0) & (targets < shares.shape[1])
+    gradient = shares * (-upstream * (top - log_sum).exp())[:, None]
+    return gradient.scatter_add_(-1, (targets * here)[:, None], (upstream * here)[:, None])
 
 
 def compiled(function):
@@ -98,14 +108,14 @@ def compile_head():
 
 
 def fuse(function):
-    """Compile once for any number of tokens."""
+    """Compiled once for any number of tokens, not once for each."""
     return torch.compile(function, dynamic=True)
 
 
 # --- attention in one kernel --------------------------------------------------------------------
 
 def varlen_attention(q, k, v, pieces):
-    """Attention in one kernel: FlashAttention for rows of any lengths (Dao 2023, 2307.08691).
+    """The same in one kernel: FlashAttention for rows of any lengths (Dao 2023, 2307.08691).
 
     Its causal mask is aligned at the end: the last query of a piece sees all the piece's keys.
     """
@@ -120,7 +130,7 @@ def varlen_attention(q, k, v, pieces):
 
 
 def with_prompts(t, pieces, lengths):
-    """The flat row, with a copy of the prompt before every piece that attends to one."""
+    """The flat row with a copy of its prompt before every piece that looks back at one."""
     parts = t.split(lengths)
     out = []
     for piece, part in zip(pieces, parts):
@@ -130,13 +140,13 @@ def with_prompts(t, pieces, lengths):
 
 @lru_cache(maxsize=8)
 def ends(lengths, device):
-    """(0, n_1, n_1 + n_2, ...), int32. Cached, because all layers need the same."""
+    """(0, n_1, n_1 + n_2, ...), int32. All layers ask for the same."""
     return torch.tensor([0, *lengths]).cumsum(0).to(device, torch.int32)
 
 
 @lru_cache(maxsize=None)
 def varlen_is_right(device, dtype, heads, d):
-    """True if the kernel exists here and gives the loop's values and gradients. Tried once."""
+    """Does the kernel exist here, and give the loop's numbers and gradients? Asked once."""
     pieces = pieces_of([3, (3, 2, 2)])
     waves = [torch.linspace(0, 50 + i, 10 * heads * d, device=device).sin() for i in range(3)]
     results = []
@@ -149,5 +159,5 @@ def varlen_is_right(device, dtype, heads, d):
         except (ImportError, RuntimeError, TypeError, ValueError):
             return False
         results.append([out, *gradients])
-    # bf16 has a relative error of 2^-8, here a few times in a row.
+    # bf16 rounds by 2^-8, a few times in a row.
     return all(bool((a - b).abs().max() <= 0.05 * a.abs().max()) for a, b in zip(*results))

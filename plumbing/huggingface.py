@@ -48,10 +48,13 @@ class HFPolicy(Policy):
         self._check_causal()
         self.shares_prompts = self._takes_our_attention()
         self.flat = self.shares_prompts or self._keeps_apart()
-        own = self.shares_prompts or "flash" in (lm.config._attn_implementation or "")
-        if not (self.flat and own):
-            # Attention over a flat row then costs N x N, which a CPU feels first.
-            self.token_budget = 512 if self.flat and lm.device.type == "cpu" else 2048
+        flash = "flash" in (lm.config._attn_implementation or "")
+        costly = not (self.shares_prompts or flash)  # attention over a flat row of N takes N x N
+        cpu = lm.device.type == "cpu"
+        if self.flat and costly and cpu:
+            self.token_budget = 512
+        elif costly or cpu:
+            self.token_budget = 2048
         # Not a submodule: its weights are those of lm.
         object.__setattr__(self, "peft", add_lora(lm, lora, seed) if lora else None)
 
@@ -364,7 +367,8 @@ def flat_attention(module, query, key, value, attention_mask, scaling=None, flat
     group = query.shape[1] // key.shape[1]  # query heads that share a key
     query = query * (scaling * query.shape[-1] ** 0.5)  # attend divides by that root
     key, value = (t.repeat_interleave(group, dim=1) for t in (key, value))
-    query, key, value = (t[0].transpose(0, 1) for t in (query, key, value))
+    # (N, heads, d) each, in one type: under autocast a rotation leaves float32.
+    query, key, value = (t[0].transpose(0, 1).to(value.dtype) for t in (query, key, value))
     return attend(query, key, value, flat_row.pieces)[None], None
 
 

@@ -1,7 +1,7 @@
 """From tokens to log-probs: a small GPT on flat rows, its output head, and its generation.
 
-There is no padding. A batch of sequences is ONE row of tokens laid end to end; positions restart
-at every sequence, and attention stays inside it.
+There is no padding. A batch of sequences is ONE row of tokens laid end to end. Positions restart
+at every sequence, and a token attends only to its own sequence.
 
     ids        (N,)  tokens of all sequences                        N = sum(lengths)
     positions  (N,)  0, 1, 2, ... restarting at every sequence
@@ -10,8 +10,8 @@ at every sequence, and attention stays inside it.
     predict    (M,)  indices into the row: the tokens that stand just before a trained token
     targets    (M,)  the trained tokens, ids[predict + 1]
 
-Only the M positions that predict a trained token meet the output head, which is most of the
-saving when the vocabulary is large.
+The output head is computed only at the M positions that predict a trained token. With a large
+vocabulary this saves most of the work.
 
 The architecture is GPT-2's (Radford et al. 2019): pre-norm, tanh-GELU, learned positions, a head
 tied to the embedding; biases are optional. transformers loads what it saves.
@@ -53,9 +53,10 @@ def log_probs(logits, targets):
 def token_logps(logits, ids, mask):
     """mask_t * log pi(ids_t | ids_<t), for padded batches.   (B, T, V), (B, T), (B, T) -> (B, T)
 
-    Index t belongs to ids[:, t]. It is 0 at t = 0, which nothing predicts, and where mask is 0.
+    Index t belongs to ids[:, t]. The result is 0 where mask is 0, and at t = 0: no token predicts
+    the first one.
     """
-    # The one shift: the logits at t - 1 predict the token at t.
+    # The only shift: the logits at t - 1 predict the token at t.
     logps = F.pad(log_probs(logits[:, :-1], ids[:, 1:]), (1, 0))
     # `where`, because a masked -inf times 0 would be NaN.
     return torch.where(mask > 0, logps * mask, torch.zeros_like(logps))
@@ -63,7 +64,7 @@ def token_logps(logits, ids, mask):
 
 # --- the output head ------------------------------------------------
 
-compiled = {}  # function -> what --compile made of it
+compiled = {}  # function -> its compiled version, with --compile
 
 # The logits of 2,000 tokens over 50,257 words, and their gradient, would take 800 MB. So at most
 # `chunk_elements` of them are made at a time: 2^20 stay in a CPU's cache, 2^26 keep a GPU busy.
@@ -105,7 +106,7 @@ def chunked_log_probs(hidden, head, vocab_size, targets, extra=None, *, chunk_el
 # --- attention ------------------------------------------------------
 
 class Piece(NamedTuple):
-    """A run of tokens in the flat row. The first `prompt` tokens of piece `holder` precede it."""
+    """Some tokens of the flat row. They also attend to the first `prompt` tokens of `holder`."""
     length: int
     prompt: int = 0
     holder: int = 0
@@ -114,7 +115,7 @@ class Piece(NamedTuple):
 def pieces_of(lengths):
     """[4, (3, 2, 5)] -> [Piece(4), Piece(3 + 2), Piece(5, prompt=3, holder=1)]
 
-    The first response to a prompt simply follows it, the others look back at it.
+    The first response is in one piece with its prompt; the others attend to the prompt in it.
     """
     pieces = []
     for length in lengths:
@@ -138,7 +139,7 @@ def attend(q, k, v, pieces):
 
 
 def loop_attention(q, k, v, pieces):
-    """Piece by piece. On a CPU that is twice as fast as one padded call."""
+    """Attention piece by piece. On a CPU this is twice as fast as one padded call."""
     lengths = [piece.length for piece in pieces]
     # (N, heads, d) -> one (1, heads, n, d) per piece
     queries, keys, values = (t.transpose(0, 1)[None].split(lengths, dim=2) for t in (q, k, v))
@@ -160,21 +161,21 @@ def loop_attention(q, k, v, pieces):
 class Policy(nn.Module):
     """A causal language model on flat rows: `GPT` below, or plumbing's `HFPolicy`.
 
-    They define hidden(ids, positions, lengths, predict) -> (M, d), head(hidden) -> (M, V),
-    head_weight() -> (V, d), or None if the head is no plain product, write(...), blocks(flag).
+    Both define hidden(ids, positions, lengths, predict) -> (M, d), head(hidden) -> (M, V),
+    head_weight() -> (V, d), or None if the head is more than a product, write(...), blocks(flag).
     """
 
-    flat = True  # flat rows as they are, without padding
-    chunked = True  # hidden states are not yet logits
+    flat = True  # it takes flat rows; False: they are padded inside
+    chunked = True  # the head is separate, so logits can be made in chunks
     shares_prompts = False  # computes a prompt once for several responses
-    token_budget = 8192  # tokens of a forward, by default
+    token_budget = 8192  # tokens per forward, by default
     rows_at_once = 512  # prompts that `generate` answers at a time, by default
     sft_adapter = None  # folder of an adapter that was merged into the weights
 
     def forward(self, ids, positions, lengths, predict=None, targets=None, extra=None):
         """Log-probs of the targets (M,), or with `extra` (1 + k, M): see `chunked_log_probs`.
 
-        Without targets the logits (M, V), and without predict those of all positions.
+        Without targets: the logits (M, V). Without predict: at all positions.
         """
         if predict is None:
             predict = slice(None)
@@ -189,13 +190,12 @@ class Policy(nn.Module):
     @torch.no_grad()
     def generate(self, prompts, *, eot, max_new_tokens, temperature=1.0, top_p=1.0, seed=0,
                  rows=None, room=None, numbers=None):
-        """A response to each prompt: lists of tokens -> lists of tokens, with eot if it came.
+        """A response to each prompt: lists of tokens -> lists of tokens, eot included if sampled.
 
-        `eot`: the token that ends a response, or a list of such tokens.
-        `rows` prompts go at a time; prompt and response have `room` tokens together (default: the
-        context). The random number of row i's token t is a function of (seed, i, t), so that
-        other rows do not change a sample. `numbers`: the i of each prompt, where these are a
-        part of more.
+        `eot`: the token that ends a response, or a list of such tokens. `rows`: prompts per batch.
+        `room`: most tokens of prompt and response together (default: the context).
+        The random number of row i's token t is a function of (seed, i, t), so that other rows do
+        not change a sample. `numbers`: the i of each prompt, if this is one process's share.
         """
         if max_new_tokens < 1:
             return [[] for _ in prompts]
@@ -215,7 +215,7 @@ class Policy(nn.Module):
         return responses
 
     def checkpoint_activations(self):
-        """Keep each block's input alone, compute the rest again in backward: a third more work.
+        """Keep only each block's input; backward computes the rest again: a third more work.
 
         `forward` is wrapped, not the module, so that hooks on the module (FSDP's) stay outside.
         """
@@ -240,8 +240,8 @@ def uniforms(seed, numbers, n, device="cpu"):
 def sample(logits, uniform, temperature=1.0, top_p=1.0):
     """One token per row, where the cumulative distribution passes `uniform`.   (B, V), (B,) -> (B,)
 
-    temperature 0: the likeliest token. top_p: only from the smallest set of likeliest tokens that
-    has this probability together (Holtzman et al. 2019, arXiv 1904.09751).
+    temperature 0: the likeliest token. top_p: only the likeliest tokens, as few as have this
+    probability together (Holtzman et al. 2019, arXiv 1904.09751).
     """
     if temperature == 0:
         return logits.argmax(-1)
@@ -249,7 +249,7 @@ def sample(logits, uniform, temperature=1.0, top_p=1.0):
     if top_p < 1:
         ordered, order = p.sort(-1, descending=True)
         beyond = ordered.cumsum(-1) - ordered >= top_p  # the token that crosses top_p stays
-        beyond[:, 0] = False  # and the likeliest one always
+        beyond[:, 0] = False  # and the likeliest token always stays
         p = torch.zeros_like(p).scatter(-1, order, ordered.masked_fill(beyond, 0))
     cumulative = p.cumsum(-1)
     height = uniform[:, None] * cumulative[:, -1:]
@@ -284,7 +284,7 @@ class Block(nn.Module):
                                   "c_proj": nn.Linear(4 * d, d, bias=c.bias)})
 
     def forward(self, x, attention, keep=slice(None)):
-        """keep: the tokens whose result is asked for; the others are only looked at."""
+        """keep: the tokens whose result is needed; the others only serve as keys and values."""
         q, k, v = self.before(x)
         attended = attention(self.layer, q, k, v)
         return self.after(x[keep], attended[keep])
@@ -322,8 +322,8 @@ class GPT(Policy):
     def trunk(self, ids, positions, attention, predict=slice(None)):
         """Hidden states at the `predict` positions, all by default.   (N,), (N,) -> (M, d)
 
-        `attention(layer, q, k, v)` alone knows which tokens belong together. Of tokens that predict
-        nothing, such as the prompt's, the last layer needs keys and values only.
+        Only `attention(layer, q, k, v)` knows which tokens belong to one sequence. Of tokens that
+        predict nothing, such as the prompt's, the last layer needs only keys and values.
         """
         x = self.wte(ids) + self.wpe(positions)
         *lower, last = self.h
@@ -332,7 +332,7 @@ class GPT(Policy):
         return self.ln_f(last(x, attention, predict))
 
     def hidden(self, ids, positions, lengths, predict):
-        """What the output head sees at the `predict` positions.   (M, d)"""
+        """The hidden states at the `predict` positions, for the output head.   (M, d)"""
         pieces = pieces_of(lengths)
 
         def attention(layer, q, k, v):
@@ -347,11 +347,11 @@ class GPT(Policy):
         return self.wte.weight
 
     def blocks(self, flag):
-        """The layers, each of which is recomputed, or sharded, as one."""
+        """The layers; each is one unit of recomputing (checkpointing) and of sharding (FSDP)."""
         return self.h
 
     def compile_layers(self):
-        """All but attention, which looks at lengths and would be compiled for every batch."""
+        """Compile all but attention, which depends on lengths: it would compile in every batch."""
         from plumbing.kernels import compile_head, fuse
         compile_head()
         for block in self.h:
@@ -367,7 +367,7 @@ class GPT(Policy):
         stops = torch.tensor(stops, device=noise.device)
         last = cache.used.cumsum(0) - 1
         hidden = self.trunk(ids, cache.column, cache.fill, last)  # (rows, d)
-        alive = torch.arange(len(prompts), device=noise.device)  # whose rows the cache holds
+        alive = torch.arange(len(prompts), device=noise.device)  # prompts still in the cache
         responses = [[] for _ in prompts]
         for t in range(new):
             token = choose(self.head(hidden), noise[alive, t])
@@ -384,35 +384,38 @@ class GPT(Policy):
         return responses
 
     def save(self, folder, *, eot=None, weights=None):
-        """GPT-2's Hugging Face format. weights: by name, where this module holds a shard."""
+        """GPT-2's Hugging Face format. weights: the whole state dict, if this module is a shard."""
         gpt2.save(self, folder, eot, weights or self.state_dict())
 
     @classmethod
     def from_pretrained(cls, folder, *, device="cpu", dtype=torch.float32):
-        """What `save` wrote. Any other model is for plumbing's `load_policy`."""
+        """Load what `save` wrote. For any other model use plumbing's `load_policy`."""
         return gpt2.load(cls, GPTConfig, folder, dtype).to(device)
 
 
 class Cache:
-    """Keys and values of what was read: (layer, 2, row, head, column, d). Row i has `used[i]`."""
+    """Keys and values of all tokens so far: (layer, 2, row, head, column, d).
+
+    Row i has `used[i]` of them.
+    """
 
     def __init__(self, c, lengths, room, like):
         shape = (c.n_layer, 2, len(lengths), c.n_head, room, c.d_model // c.n_head)
         self.kv = torch.zeros(shape, device=like.device, dtype=like.dtype)
         self.pieces = pieces_of(lengths)
         self.used = torch.tensor(lengths, device=like.device)
-        # Row and column of each of the prompts' tokens; a token's column is its position.
+        # Row and column of each prompt token; a token's column is its position.
         self.row = torch.arange(len(lengths), device=like.device).repeat_interleave(self.used)
         self.column = torch.cat([torch.arange(n, device=like.device) for n in lengths])
 
     def fill(self, layer, q, k, v):
-        """The prompts, as a flat row: keep keys and values, attend as in training."""
+        """The prompts, as a flat row: store keys and values, attend as in training."""
         self.kv[layer, 0][self.row, :, self.column] = k.to(self.kv.dtype)
         self.kv[layer, 1][self.row, :, self.column] = v.to(self.kv.dtype)
         return attend(q, k, v, self.pieces)
 
     def append(self, layer, q, k, v):
-        """One new token per row, which sees its row up to itself.   (rows, heads, d) x 3"""
+        """One new token per row; it attends to its row up to itself.   (rows, heads, d) x 3"""
         rows = torch.arange(len(q), device=q.device)
         self.kv[layer, 0][rows, :, self.used] = k.to(self.kv.dtype)
         self.kv[layer, 1][rows, :, self.used] = v.to(self.kv.dtype)

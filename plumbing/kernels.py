@@ -1,6 +1,6 @@
-"""Faster ways to numbers that model.py computes plainly. Without this file nothing would change.
+"""Faster code for what model.py computes in a plain way, with the same results.
 
-    blocked_log_probs    the head by blocks of the vocabulary, where the logits would be too many
+    blocked_log_probs    the head by blocks of the vocabulary, if there are too many logits
     varlen_attention     attention of all sequences in one kernel, on GPUs
     compile_head         --compile
 """
@@ -20,7 +20,7 @@ KEPT = 2 ** 25  # so many logits, 128 MB, are kept for backward; more are comput
 def blocked_log_probs(hidden, weight, targets, most):
     """model.head_log_probs with at most `most` logits at a time.   (M, d), (V, d), (M,) -> (M,)"""
     device = hidden.device.type
-    if torch.is_autocast_enabled(device):  # it does not look into our own function
+    if torch.is_autocast_enabled(device):  # autocast does not reach into BlockedHead
         hidden = hidden.to(torch.get_autocast_dtype(device))
         weight = weight.to(torch.get_autocast_dtype(device))
     size = max(1, most // len(targets))
@@ -108,14 +108,14 @@ def compile_head():
 
 
 def fuse(function):
-    """Compiled once for any number of tokens, not once for each."""
+    """Compile once for any number of tokens."""
     return torch.compile(function, dynamic=True)
 
 
 # --- attention in one kernel --------------------------------------------------------------------
 
 def varlen_attention(q, k, v, pieces):
-    """The same in one kernel: FlashAttention for rows of any lengths (Dao 2023, 2307.08691).
+    """Attention in one kernel: FlashAttention for rows of any lengths (Dao 2023, 2307.08691).
 
     Its causal mask is aligned at the end: the last query of a piece sees all the piece's keys.
     """
@@ -130,7 +130,7 @@ def varlen_attention(q, k, v, pieces):
 
 
 def with_prompts(t, pieces, lengths):
-    """The flat row with a copy of its prompt before every piece that looks back at one."""
+    """The flat row, with a copy of the prompt before every piece that attends to one."""
     parts = t.split(lengths)
     out = []
     for piece, part in zip(pieces, parts):
@@ -140,13 +140,13 @@ def with_prompts(t, pieces, lengths):
 
 @lru_cache(maxsize=8)
 def ends(lengths, device):
-    """(0, n_1, n_1 + n_2, ...), int32. All layers ask for the same."""
+    """(0, n_1, n_1 + n_2, ...), int32. Cached, because all layers need the same."""
     return torch.tensor([0, *lengths]).cumsum(0).to(device, torch.int32)
 
 
 @lru_cache(maxsize=None)
 def varlen_is_right(device, dtype, heads, d):
-    """Does the kernel exist here, and give the loop's numbers and gradients? Asked once."""
+    """True if the kernel exists here and gives the loop's values and gradients. Tried once."""
     pieces = pieces_of([3, (3, 2, 2)])
     waves = [torch.linspace(0, 50 + i, 10 * heads * d, device=device).sin() for i in range(3)]
     results = []
@@ -159,5 +159,5 @@ def varlen_is_right(device, dtype, heads, d):
         except (ImportError, RuntimeError, TypeError, ValueError):
             return False
         results.append([out, *gradients])
-    # bf16 rounds by 2^-8, a few times in a row.
+    # bf16 has a relative error of 2^-8, here a few times in a row.
     return all(bool((a - b).abs().max() <= 0.05 * a.abs().max()) for a, b in zip(*results))

@@ -27,7 +27,7 @@ def test_the_command_line_wins_over_the_world_over_the_signature_over_config(lab
     assert (typed.config.batch_size, typed.origin["batch_size"]) == (8, "command line")
     plain = parse([])
     assert (plain.hyper["beta"], plain.origin["beta"]) == (0.5, "embedded world")
-    assert (plain.config.lr, plain.config.steps) == (1e-3, 200)
+    assert (plain.config.lr, plain.config.steps) == (5e-4, 400)
     assert (plain.hyper["lambda_d"], plain.origin["lambda_d"]) == (1.0, "kto's signature")
     assert (plain.config.seed, plain.origin["seed"]) == (0, "default")
     assert plain.config.out == "out/kto" and plain.options == {"z0": "estimate"}

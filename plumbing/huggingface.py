@@ -78,6 +78,9 @@ class HFPolicy(Policy):
         """
         from transformers import AttentionInterface, AttentionMaskInterface
         from transformers.masking_utils import sdpa_mask
+        config = self.lm.config.get_text_config()
+        if any(getattr(config, name, None) for name in ("sliding_window", "attention_chunk_size")):
+            return False  # Llama 4 has it in its mask alone, which we replace
         AttentionInterface.register("flat", flat_attention)
         AttentionMaskInterface.register("flat", sdpa_mask)
         decoder = self.lm.get_decoder()

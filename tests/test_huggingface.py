@@ -36,6 +36,8 @@ SLOW = {
     "opt": SMALL | dict(ffn_dim=64, word_embed_proj_dim=16),
 }
 CORNERS = {
+    "llama4_text": SMALL | dict(attention_chunk_size=16, num_local_experts=2, head_dim=8,
+                                intermediate_size_mlp=32),
     "mamba": dict(vocab_size=64, hidden_size=32, state_size=4, num_hidden_layers=2),
     "gpt_neo": dict(vocab_size=64, hidden_size=32, num_layers=2, num_heads=2, window_size=4,
                     attention_types=[[["global", "local"], 1]], max_position_embeddings=16),
@@ -108,6 +110,18 @@ def one_line(call, *args, **how):
 
 
 # --- any architecture -----------------------------------------------
+
+def test_a_window_that_only_the_mask_knows_is_kept():
+    """Llama 4's layers do not tell it to their attention, and the probe's rows are shorter."""
+    lm = tiny_lm("llama4_text")
+    policy = HFPolicy(lm)
+    assert not policy.shares_prompts
+    ids = torch.arange(3, 27)
+    with torch.no_grad():
+        found = policy(ids, torch.arange(24), [24])
+        expected = lm(ids[None], use_cache=False).logits[0]
+    assert torch.allclose(found, expected, atol=1e-3)            # logits of 10 in float32
+
 
 @pytest.mark.parametrize("kind", [
     *FAST, *(pytest.param(kind, marks=pytest.mark.slow) for kind in SLOW)])

@@ -96,12 +96,12 @@ def plot_path(curve, result, path):
     plane.scatter(kl[1:], reward[1:], c=[point["step"] for point in curve], cmap="Blues", s=36,
                   vmin=-200, edgecolors=BLUE, linewidths=0.5, zorder=3)
     plane.scatter([0], [result["reward_ref"]], color=ORANGE, s=50, zorder=3)
-    plane.annotate("reference", (0, result["reward_ref"]), (8, -4), textcoords="offset points",
-                   va="top")
+    plane.annotate("reference", (0, result["reward_ref"]), (10, 0), textcoords="offset points",
+                   va="center")
     for point, shift in ((curve[0], (9, -3)), (curve[-1], (30, -30))):
         plane.annotate(f"step {point['step']}", (point["kl"], point["reward"]), shift,
                        textcoords="offset points", va="top", arrowprops={"arrowstyle": "-"})
-    plane.set_title("what each step of KTO buys", fontsize=11)
+    plane.set_title("what the steps of KTO buy", fontsize=11)
     plane.set_xlim(-0.1, 2.4)
     names = {"right": "the right fix", "rude": "rude", "malformed": "malformed"}
     for place, key in enumerate(names):

@@ -210,3 +210,44 @@ class Museum:
             ax.tick_params(labelsize=8)
             ax.legend(fontsize=7, loc=ax.get_legend()._loc)
         plt.show()
+
+
+# --- PPO's family ----------------------------------------------------------------------------
+
+def token_curve(loss, ratio, advantage):
+    """Loss and push, minus the slope by log pi, of tokens whose ratio pi / pi_old has moved.
+
+    ratio: (B,). Each is the only token of its response; pi_old is the reference, a log-prob of
+    0; the critic is right. So REINFORCE's loss is -A log ratio. -> (B,), (B,)
+    """
+    token_logps = ratio.log().requires_grad_()
+    measured = {"token_logps": token_logps, "response_len": torch.ones_like(ratio),
+                "response": torch.arange(len(ratio))}
+    for name in objective.signature(loss)[0]:
+        always = advantage if name.endswith("advantages") else 0.0
+        measured.setdefault(name, torch.full_like(ratio, always))
+    values = loss(*(measured[name] for name in objective.signature(loss)[0]))
+    return values.detach(), -torch.autograd.grad(values.sum(), token_logps)[0]
+
+
+def family_curves(losses, ratio):
+    """Two rows of panels, loss and push; a column for each of {name: loss}."""
+    _, axes = plt.subplots(2, len(losses), figsize=(12, 4.6), sharex=True, sharey="row")
+    for (top, bottom), (name, loss) in zip(axes.T, losses.items()):
+        for advantage, color, ls in ((1.0, GREEN, "-"), (-1.0, ORANGE, "--")):
+            values, push = token_curve(loss, ratio, advantage)
+            top.plot(ratio, values, color=color, ls=ls, label=f"A = {advantage:+g}")
+            bottom.plot(ratio, push, color=color, ls=ls)
+        top.set_title(name)
+        for ax in (top, bottom):
+            dotted(ax, 1.0, 0.0)
+    return axes
+
+
+def ways_in_plane(ax, ways, looks, kl_max):
+    """Walks of policies, {name: (steps, 2) of KL and utility}, below the exact frontier."""
+    frontier(ax, kl_max)
+    for name, points in ways.items():
+        color, ls = looks[name]
+        ax.plot(*points.T, color=color, ls=ls, lw=1.5)
+        ax.plot(*points[-1], "o", ms=6, color=color, mec="white", zorder=3)

@@ -102,7 +102,7 @@ def plot_path(curve, result, path):
         plane.annotate(f"step {point['step']}", (point["kl"], point["reward"]), shift,
                        textcoords="offset points", va="top", arrowprops={"arrowstyle": "-"})
     plane.set_title("what the steps of KTO buy", fontsize=11)
-    plane.set_xlim(-0.1, 2.4)
+    plane.set_xlim(-0.1, max(2.4, 1.08 * max(kl)))
     names = {"right": "the right fix", "rude": "rude", "malformed": "malformed"}
     for place, key in enumerate(names):
         for shift, kind, colour in ((-0.18, "_ref", ORANGE), (0.18, "", BLUE)):

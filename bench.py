@@ -342,7 +342,8 @@ def measure_epoch(case, repeats, with_trl, folder):
 
     variants = {"nanokto": nanokto, "null": nanokto}
     if with_trl:                                 # over 512 words the gather changes nothing
-        variants |= {name: partial(theirs, trl_side.VARIANTS[name]) for name in ("online", "cached")}
+        variants |= {name: partial(theirs, trl_side.VARIANTS[name])
+                     for name in ("online", "cached")}
     return measure(case, variants, lambda step: tokens[step], repeats)
 
 

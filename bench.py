@@ -43,7 +43,7 @@ from pathlib import Path
 
 os.environ.update(HF_HUB_OFFLINE="1", TRANSFORMERS_VERBOSITY="error",
                   TOKENIZERS_PARALLELISM="false", HF_HUB_DISABLE_PROGRESS_BARS="1",
-                  HF_DATASETS_DISABLE_PROGRESS_BARS="1")
+                  HF_DATASETS_DISABLE_PROGRESS_BARS="1", TQDM_DISABLE="1")
 
 import train                                     # before torch: it says how waiting threads wait
 

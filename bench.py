@@ -55,6 +55,7 @@ import data
 import model
 from objective import Reference
 from plumbing import huggingface, parallel, rundir, settings, trl_side
+from plumbing.plots import figure
 from plumbing.run import Run
 from plumbing.tokenizer import load_tokenizer
 
@@ -429,29 +430,31 @@ def ideal(seconds, floor):
 
 
 def scaling(quick, out):
-    """Three panels, each with the line of the ideal; a line of `out` for each."""
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    """Two panels, each with the line of the ideal; a line of `out` for each."""
     panels = [
         ("tokens per row (KTO)", 2 ** np.arange(6, 13), lambda n: step_cost(n, max(2, 4096 // n))),
-        ("pairs per batch (DPO)", 2 ** np.arange(10), lambda n: step_cost(64, n, loss="dpo")),
         ("vocabulary", [*2 ** np.arange(9, 16), 50257], lambda n: step_cost(128, 16, n))]
-    figure, axes = plt.subplots(1, len(panels), figsize=(12, 3.4), layout="constrained")
+    picture, axes = figure(len(panels), 5.6, 4.0)
     for axis, (name, sizes, cost) in zip(axes, panels):
         sizes = [int(size) for size in sizes[:4 if quick else None]]
         seconds, floor = np.array([cost(size) for size in sizes]).T
+        best = ideal(seconds, floor)
         axis.loglog(sizes, 1e6 * seconds, "o-", label="measured")
-        axis.loglog(sizes, 1e6 * ideal(seconds, floor), "--", color="grey", label="ideal")
+        axis.loglog(sizes, 1e6 * best, "--", color="grey", label="ideal: proportional to FLOPs")
         axis.set(xlabel=name, ylabel="microseconds of CPU time per token",
-                 ylim=(1e6 * seconds.min() / 3, 1e6 * seconds.max() * 3))
+                 ylim=(5e5 * seconds.min(), 2e6 * seconds.max()),
+                 title=f"at most {(seconds / best).max():.2f} times the ideal")
+        heights = [y for y in (10, 20, 50, 100, 200, 500, 1000, 2000)
+                   if 5e5 * seconds.min() < y < 2e6 * seconds.max()]
+        axis.set_xticks(sizes[::2], [f"{size:,}" for size in sizes[::2]])
+        axis.set_yticks(heights, [str(y) for y in heights])
+        axis.minorticks_off()
         axis.legend(frameon=False)
         costs = ", ".join(f"{size:,}: {1e6 * x:,.0f} us" for size, x in zip(sizes, seconds))
         print(f"{name:<22}{costs} per token", flush=True)
         append(out, f"scaling: {name}",
                {"sizes": sizes, "seconds": seconds.tolist(), "floor": floor.tolist()})
-        figure.savefig(out.parent / "scaling.png", dpi=120)  # after every panel
-    plt.close(figure)
+        picture.savefig(out.parent / "scaling.png", dpi=120)  # after every panel
 
 
 # --- the table ------------------------------------------------------------------------------------

@@ -5,6 +5,7 @@ import json
 import math
 import shutil
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -277,6 +278,9 @@ def test_a_flat_row_that_forgets_its_sliding_window_is_noticed(monkeypatch):
 
     monkeypatch.setattr(HFPolicy, "_run", forgetful)
     assert not HFPolicy(lm).flat and HFPolicy(wide).flat
+    with pytest.raises(TypeError, match="sliding_window"):  # ours has none, however wide it is
+        huggingface.flat_attention(None, *torch.ones(3, 1, 2, 5, 4), None, 0.5,
+                                   flat_row=SimpleNamespace(pieces=[]), sliding_window=999)
 
 
 def test_a_model_whose_tokens_see_later_ones_is_refused(tmp_path):

@@ -199,8 +199,12 @@ def test_only_positions_that_predict_something_meet_the_head(monkeypatch):
     shapes = []
     monkeypatch.setitem(model.compiled, log_probs, spied(log_probs, shapes))
     (ids, positions, lengths), predict = flat_row(), torch.tensor([0, 3, 7])
-    gpt()(ids, positions, lengths, predict, ids[predict + 1])
+    net, tokens = gpt(), []
+    for block in net.h:
+        block.mlp.c_fc.register_forward_hook(lambda _, args, out: tokens.append(len(args[0])))
+    net(ids, positions, lengths, predict, ids[predict + 1])
     assert shapes == [(3, 61)]  # not all 21 positions
+    assert tokens == [21] * (len(net.h) - 1) + [3]  # nor does the last layer
 
 
 # --- prompts computed once ------------------------------------------

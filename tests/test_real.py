@@ -334,7 +334,7 @@ def test_the_study_of_z0_keeps_what_its_runs_found(packages, tmp_path, monkeypat
 
 
 @pytest.fixture
-def packages():
+def real_packages():
     """The folder of the real model and texts; fetched once, it stays in out/."""
     folder = ROOT / "out" / "real" / "fetched"
     try:
@@ -345,9 +345,9 @@ def packages():
 
 
 @pytest.mark.slow
-def test_the_real_thing_shortened(packages, tmp_path, capsys):
+def test_the_real_thing_shortened(real_packages, tmp_path, capsys):
     """Few prompts, two steps."""
-    (tmp_path / "fetched").symlink_to(packages)
+    (tmp_path / "fetched").symlink_to(real_packages)
     real.main(["--out", str(tmp_path), "--results", str(tmp_path / "results"), "--prompts", "8",
                "--eval_prompts", "8", "--steps", "2", "--batch_size", "4"])
     assert "Paris" in capsys.readouterr().out

@@ -431,7 +431,11 @@ def read_model_config(folder, flag="model"):
     if base:
         folder = local_folder(base, flag)
         said += f": its base {base}"
-    return read_json(Path(folder) / "config.json", said)
+    found = read_json(Path(folder) / "config.json", said)
+    layers = found.get("num_hidden_layers")
+    if isinstance(layers, int) and layers > 10_000:          # else they are made, one by one
+        raise SystemExit(f"{said}: config.json: num_hidden_layers is {layers:,}")
+    return found
 
 
 # --- loading --------------------------------------------------------

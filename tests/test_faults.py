@@ -223,7 +223,7 @@ def in_a_process(words, log, inside=None):
     def child():
         if inside is not None:
             train.train_step = rests(inside, "a step", train.train_step)
-            checkpoint.dcp.save = rests(inside, "a checkpoint", checkpoint.dcp.save)
+            checkpoint.write_whole = rests(inside, "a checkpoint", checkpoint.write_whole)
             os.replace = rests(inside, "a file", os.replace)
             evaluate.model_card = rests(inside, "the end", evaluate.model_card)
         tqdm.set_lock(threading.RLock())                     # its own is shared with us, and a

@@ -18,7 +18,7 @@ import train
 from lab import flags, metrics
 from plumbing import parallel, settings
 from test_split import (  # noqa: F401
-    WHOLE, be_one_of_them, ended_well, lab, same_run, together, without_reports)
+    ROUNDING, WHOLE, be_one_of_them, ended_well, lab, same_run, together, without_reports)
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 
@@ -181,7 +181,10 @@ def watch(folder):
 @pytest.mark.parametrize("name", [*ACCEPTED, *LLAMAS])
 def test_sharded_over_two_processes_is_one_process(lab, runs, name):
     assert runs[name] == ["", ""]
-    same_run(lab / "one" / name, lab / "two" / name)
+    tolerance = ROUNDING
+    if name in LLAMAS:
+        tolerance = 1e-8         # their norm is in float32, where 1e-16 may flip a bit of 6e-8
+    same_run(lab / "one" / name, lab / "two" / name, tolerance)
 
 
 @pytest.mark.slow

@@ -192,6 +192,7 @@ WRONG_VALUES = [                                             # file, reader, cha
     ("gpt/config.json", lambda: run(*RUN, "--overwrite"), {"n_positions": "x"}, "n_positions"),
     ("llama/config.json", model("llama"), {"max_position_embeddings": "x"}, "llama"),
     ("llama/config.json", model("llama"), {"hidden_act": []}, "llama"),
+    ("llama/config.json", model("llama"), {"num_hidden_layers": 10**9}, "num_hidden_layers"),
     ("llama/config.json", model("llama"), {"model_type": 3}, "llama"),
     *[("adapter/adapter_config.json", model("adapter"), {"base_model_name_or_path": value},
        "adapter") for value in ("adapter", "./adapter/", 3, [], "\0", "x" * 5000, "nowhere/x/y")],

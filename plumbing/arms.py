@@ -1,6 +1,6 @@
-"""An arm of experiments.py: one run of train.py on the embedded world, and what is measured of it.
+"""An arm of experiments.py: one command line of train.py, and what is measured of its policy.
 
-This file drives train.py, and only experiments.py imports it.
+This file drives train.py; only experiments.py and the studies import it.
 """
 
 import contextlib
@@ -11,6 +11,8 @@ import re
 import time
 from functools import lru_cache
 from typing import NamedTuple
+
+import numpy as np
 
 import data
 import evaluate
@@ -23,11 +25,13 @@ from plumbing.formats import Pair
 from plumbing.huggingface import load_policy
 from plumbing.tokenizer import load_tokenizer
 
-N = 4000                                                 # pairs
+N = 4000                                                 # pairs, unless the arm says otherwise
 COMMON = {"lr": 5e-4, "steps": 150}                      # of all arms, unless they say otherwise
 QUICK_BASE = {"pretrain_steps": 30, "sft_steps": 30}
-MEASURED = ("win_rate", "reward", "reward_ci95", "reward_ref", "kl", "malformed", "length", "right",
-            "rude")
+REPLIES = {"report": 2400, "tune": 480}                  # to the questions of each part
+KL_REPLIES = 960                                         # of them; its noise is .03 nats then
+
+evaluate.plot_curves = evaluate.plot_frontier = lambda *_, **__: None    # not for each of 1,000 runs
 
 
 class Arm(NamedTuple):
@@ -42,7 +46,7 @@ class Arm(NamedTuple):
 
     @property
     def key(self):
-        """Its name in results/runs.json: kto --z0 zero --beta 0.5 | flip 0.2"""
+        """Its name in results/runs.jsonl: kto --z0 zero --beta 0.5 | flip 0.2"""
         name = " ".join([self.loss, *(f"--{flag} {value}" for flag, value in self.flags)])
         if self.on != "pairs":
             name += f" | {self.on}"
@@ -52,36 +56,41 @@ class Arm(NamedTuple):
 
 
 def arm(loss, on="pairs", start="sft", **flags):
-    if loss == "kto":                # z0's estimate is clamped to 0 here anyway: the claim z0_zero
-        flags = {"z0": "zero"} | flags
+    if loss == "kto" and "online" not in flags:      # z0's estimate is clamped to 0 in nearly every
+        flags = {"z0": "zero"} | flags               # step here, so it is left out: claim z0_zero
     return Arm(loss, tuple(flags.items()), on, start)
 
 
 # --- its preferences ------------------------------------------------------------------------------
 
 def preferences(on, seed, base):
-    """The rows called "pairs", or "flip 0.2" where a share belongs to the name."""
-    name, share = re.fullmatch(r"(.*?) ?([\d.]*)", on).groups()
-    if name == "flip":
-        return world.pairs(N, seed, flip=float(share))
-    if name == "native":
-        return world.native_thumbs(2 * N, seed)
-    if name == "expert":
+    """The rows called "pairs", "flip 0.2", "500 pairs flip 0.2 one thumb", "likes length" ...
+
+    N pairs; flip, desirable, undesirable: that share is exchanged, or is all that is kept of a
+    class; one thumb: of each pair one response alone, with its thumb
+    """
+    how = {name: float(share) for name, share in re.findall(r"([a-z]+) (0\.\d+)", on)}
+    n = int(re.match(r"\d+|", on)[0] or N)
+    if on == "native":
+        return world.native_thumbs(2 * n, seed)
+    if on == "expert":
         texts = world.dialogues(world.N_EXPERT, seed + 2, "expert")
         return [{"prompt": prompt, "completion": reply, "label": True} for prompt, reply in texts]
-    if name == "own replies":
+    if on == "own replies":
         return own_replies(seed, base)
-    pairs = world.pairs(N, seed)
-    if name in ("desirable", "undesirable"):
-        return world.keep_class(world.thumbs(pairs, seed), **{name: float(share)}, seed=seed)
-    if name == "likes length":
+    rows = world.pairs(n, seed, flip=how.pop("flip", 0.0))
+    if on == "likes length":
         rng = random.Random(f"length {seed}")
         return [annotate(rng, pair["prompt"], (pair["chosen"], pair["rejected"]), per_word=0.12)
-                for pair in pairs]
-    if name == "never said":
-        return never_said(pairs, seed)
-    assert name == "pairs", on
-    return pairs
+                for pair in rows]
+    if on == "never said":
+        return never_said(rows, seed)
+    if "one thumb" in on:
+        rng = random.Random(f"one thumb {seed}")
+        rows = [rng.choice(world.thumbs([pair], 0)) for pair in rows]
+    if how:
+        rows = world.keep_class(world.thumbs(rows, seed), **how, seed=seed)
+    return rows
 
 
 def annotate(rng, prompt, replies, per_word=0.0):
@@ -146,10 +155,12 @@ def command(arm, seed, folder, quick):
 
 
 def as_words(flags):
-    """{"lr": 5e-4} -> ["--lr", "0.0005"]"""
+    """{"lr": 5e-4, "online": True} -> ["--lr", "0.0005", "--online"]"""
     words = []
     for name, value in flags.items():
-        words += [f"--{name}", str(value)]
+        words.append(f"--{name}")
+        if value is not True:
+            words.append(str(value))
     return words
 
 
@@ -178,7 +189,7 @@ def rows_file(on, seed, base, out, quick):
 
 
 def reward_model(seed, out, quick):
-    """PPO's judge; the arms of one seed share it."""
+    """The learnt reward: fitted to the 8,000 pairs of this seed; the arms of a seed share it."""
     folder = out / f"rm-world-seed{seed}"
     with rundir.locked(out / f"rm-seed{seed}.lock"):
         if not (folder / "eval.json").exists():
@@ -202,62 +213,73 @@ def run_arm(arm, seed, out, quick=False):
         try:
             train.main(command(arm, seed, folder, quick))
         except SystemExit as stop:
-            return {"seed": seed, "failed": str(stop.code)}
+            return {"failed": str(stop.code)}
         found = measure(arm, seed, folder, quick)
     seconds = json.loads((folder / "eval.json").read_text())["seconds"]
-    return {"seed": seed, **found, "align_cpu": seconds["align_cpu"],
-            "cpu": time.process_time() - clock}
+    return found | {"align_cpu": seconds["align_cpu"], "cpu": time.process_time() - clock}
 
 
 def measure(arm, seed, folder, quick):
     """What the arm's policy does on held-out questions, against the SFT model of this seed."""
-    n_questions, n_pairs = (24, 20) if quick else (480, 400)
     sft = base_model(seed, "sft", folder.parent, quick)
     reference = load_policy(sft)
     tokenizer = load_tokenizer(sft)
-    pairs = [Pair(**pair) for pair in world.pairs(n_pairs, seed + 3, part="report")]
+    policy = load_policy(folder / "model")
+    found, rows = on_questions("report", policy, sft, tokenizer, seed, quick)
+    tune, _ = on_questions("tune", policy, sft, tokenizer, seed, quick)
+    found["tune"] = {key: tune[key] for key in ("reward", "kl", "malformed")}
+
+    pairs = [Pair(**pair) for pair in world.pairs(20 if quick else 400, seed + 3, part="report")]
     units, _ = data.encode(pairs, tokenizer, max_len=80, max_prompt_len=60)
-
-    def numbers(folder):
-        policy = load_policy(folder)
-        result = evaluate.evaluate_world(policy, reference, tokenizer, seed=seed,
-                                         n=n_questions)
-        moved = (score(policy, units) - score(reference, units)).mean(0).tolist()
-        found = {key: result[key] for key in MEASURED}
-        found["best"] = result["optimum_at_same_kl"]["reward"]
-        return found | dict(zip(("d_chosen", "d_rejected"), moved))
-
-    found = numbers(folder / "model")
-    if arm.loss == "kto":
-        found |= z0_numbers(folder / "model", reference, tokenizer, units, seed, n_questions)
+    moved = (score(policy, units) - score(reference, units)).mean(0).tolist()
+    found |= dict(zip(("d_chosen", "d_rejected"), moved))
+    if arm.loss == "kto":                                # two estimates of z0 at the end of the run
+        chosen = [unit[0] for unit in units]
+        partners = data.mismatch([row.prompt_key for row in chosen])
+        mismatched = [data.mismatched(row, chosen[j], 80) for row, j in zip(chosen, partners)]
+        for name, answers in (("mismatched", mismatched), ("own", rows[:480])):
+            answers = [(row,) for row in answers]
+            found[name] = float((score(policy, answers) - score(reference, answers)).mean())
     if stages := sorted(folder.glob("stage-[0-9]")):
-        found["stages"] = [numbers(stage) for stage in stages]
-    if curve := on_the_way(folder / "metrics.jsonl"):
-        found["curve"] = curve
-    return found
+        found["stages"] = [on_questions("tune", load_policy(stage), sft, tokenizer, seed, quick)[0]
+                           ["reward"] for stage in stages]
+    return found | from_the_log(folder / "metrics.jsonl")
 
 
-def z0_numbers(folder, reference, tokenizer, units, seed, n):
-    """Mean and sd of log-ratios: of mismatched pairs, and of the policy's own replies."""
-    policy = load_policy(folder)
-    chosen = [unit[0] for unit in units]
-    partners = data.mismatch([row.prompt_key for row in chosen])
-    mismatched = [data.mismatched(row, chosen[j], 80) for row, j in zip(chosen, partners)]
-    prompts = world.eval_prompts("report", n)
-    _, own = evaluate.replies(policy, tokenizer, prompts, seed=[seed, 5])
-    found = {}
-    for name, rows in (("mismatched", mismatched), ("own", own)):
-        units = [(row,) for row in rows]
-        ratios = score(policy, units) - score(reference, units)
-        found[name] = [float(ratios.mean()), float(ratios.std())]
-    return found
+def on_questions(part, policy, sft, tokenizer, seed, quick):
+    """(Numbers over REPLIES[part] replies, the replies as rows)."""
+    n = 24 if quick else REPLIES[part]
+    prompts = world.eval_prompts(part, n)
+    found, rows = evaluate.world_numbers(policy, tokenizer, prompts, prompts, 2 * seed + 1)
+    utilities = found.pop("utilities")
+    cells = [world.parse_prompt(prompt) for prompt in prompts]
+    kl = float(evaluate.sampled_kl(policy, load_policy(sft), rows[:KL_REPLIES]).mean())
+    wins = evaluate.wins_in_cells(utilities, of_reference(part, n, sft, seed), cells)
+    low, _ = evaluate.bootstrap_ci(utilities, cells)
+    found |= {"win_rate": float(np.mean(wins)), "reward_low": low, "kl": kl,
+              "reward_ref": float(np.mean(of_reference(part, n, sft, seed))),
+              "best": world.optimum_at_kl(kl).utility}
+    return found, rows
 
 
-def on_the_way(log):
-    """What --eval_every has measured during the run."""
-    curve = []
-    for line in map(json.loads, open(log)):
-        if "eval/kl" in line:
-            point = {key: line[f"eval/{key}"] for key in ("reward", "kl", "win_rate", "malformed")}
-            curve.append({"step": line["step"] + 1} | point)
-    return curve
+@lru_cache(maxsize=64)
+def of_reference(part, n, sft, seed):
+    """Utilities of the SFT model's replies; all arms of a seed are compared with the same ones."""
+    prompts = world.eval_prompts(part, n)
+    found, _ = evaluate.world_numbers(load_policy(sft), load_tokenizer(sft), prompts, prompts,
+                                      2 * seed)
+    return found["utilities"]
+
+
+def from_the_log(log):
+    """`path`: what --eval_every has measured. `early`: means over five equal parts of the run."""
+    lines = [json.loads(line) for line in open(log)]
+    path = [[line["step"] + 1, *(round(line[f"eval/{key}"], 4) for key in ("kl", "reward"))]
+            for line in lines if "eval/kl" in line]
+    early = {}
+    for name in ("logps/chosen", "logps/rejected", "rewards/chosen", "rewards/rejected", "z0_raw",
+                 "grad_norm", "reward", "length"):
+        values = [line[name] for line in lines if line.get(name) is not None]
+        if len(values) >= 5:
+            early[name] = [round(float(part.mean()), 3) for part in np.array_split(values, 5)]
+    return {"path": path, "early": early}

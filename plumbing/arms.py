@@ -47,7 +47,7 @@ class Arm(NamedTuple):
     @property
     def key(self):
         """Its name in results/runs.jsonl: kto --z0 zero --beta 0.5 | flip 0.2"""
-        name = " ".join([self.loss, *(f"--{flag} {value}" for flag, value in self.flags)])
+        name = " ".join([self.loss, *as_words(dict(self.flags))])
         if self.on != "pairs":
             name += f" | {self.on}"
         if self.start != "sft":

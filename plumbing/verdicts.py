@@ -1,30 +1,46 @@
-"""From runs to verdicts: t intervals over seeds, and exact minima of small tables."""
+"""From runs to verdicts: t intervals over seeds, and what people understand of them.
+
+    holds                       the whole 95 % interval lies on the claimed side of the bound
+    does not hold here          the whole interval lies on the other side
+    undecided                   neither; the words say how many seeds would decide
+    too small to matter here    neither, and 500 seeds would not decide
+"""
 
 import math
 from functools import lru_cache
 
 import numpy as np
-import torch
 
-from dpo_variants import dpo_loss
-from kto import kto_loss
+HOLDS, FAILS = "holds", "does not hold here"
+UNDECIDED, SMALL = "undecided", "too small to matter here"
+MOST_SEEDS = 500
+BROKEN_KL, BROKEN_TEXTS = 5.0, 0.2       # a run beyond one of them has broken down
 
-HOLDS, FAILS, UNDECIDED = "holds", "does not hold here", "undecided"
 
-
-# --- checks ---------------------------------------------------------------------------------------
+# --- intervals ------------------------------------------------------------------------------------
 
 @lru_cache(maxsize=None)
-def t975(freedom):
-    """Student's t: the 97.5 % quantile, for any number of degrees of freedom.
+def _t_table(freedom):
+    """(angles, P(|t| < tan(angle) sqrt(freedom))) of Student's t.
 
     With t = sqrt(freedom) tan(angle), the density of the angle goes like cos(angle)^(freedom - 1).
-    Sum that, and see where 95 % of it lies within +-angle.
     """
     edges = np.linspace(0, math.pi / 2, 200_001)
     density = np.cos((edges[1:] + edges[:-1]) / 2) ** (freedom - 1)
-    share = np.append(0, density.cumsum()) / density.sum()
+    return edges, np.append(0, density.cumsum()) / density.sum()
+
+
+@lru_cache(maxsize=None)
+def t975(freedom):
+    """The 97.5 % quantile, for any number of degrees of freedom."""
+    edges, share = _t_table(freedom)
     return math.sqrt(freedom) * math.tan(np.interp(0.95, share, edges))
+
+
+def tail(t, freedom):
+    """P(T > |t|)"""
+    edges, share = _t_table(freedom)
+    return 0.5 * (1 - np.interp(math.atan(abs(t) / math.sqrt(freedom)), edges, share))
 
 
 def interval(values):
@@ -37,9 +53,52 @@ def interval(values):
     return mean, mean - half, mean + half
 
 
+def share_interval(shares):
+    """The same for shares in (0, 1), on the logit scale: it stays inside.   -> (mean, low, high)"""
+    shares = np.clip(np.asarray(shares, float), 1e-3, 1 - 1e-3)
+    return tuple(1 / (1 + math.exp(-x)) for x in interval(np.log(shares / (1 - shares))))
+
+
+def exact_interval(k, n):
+    """95 % interval of a rate of which k of n cases are known (Clopper and Pearson 1934)."""
+    def at_most(k, p):
+        return sum(math.comb(n, i) * p**i * (1 - p) ** (n - i) for i in range(k + 1))
+
+    def root(f):
+        low, high = 0.0, 1.0
+        for _ in range(60):
+            middle = (low + high) / 2
+            low, high = (middle, high) if f(middle) else (low, middle)
+        return low
+
+    low = 0.0 if k == 0 else root(lambda p: 1 - at_most(k - 1, p) < 0.025)
+    high = 1.0 if k == n else root(lambda p: at_most(k, p) > 0.025)
+    return low, high
+
+
+# --- checks ---------------------------------------------------------------------------------------
+
 def check(says, difference, above=0.0, below=math.inf):
     """Does the mean of `difference`, one number per seed, lie between `above` and `below`?"""
-    return judged(says, interval(difference), above, below)
+    values = np.asarray(difference, float)
+    found = judged(says, interval(values), above, below)
+    found |= {"seeds": len(values), "up": int((values > 0).sum())}
+    if len(values) > 1 and values.std() > 0:
+        error = values.std(ddof=1) / math.sqrt(len(values))
+        distance = min(abs(found["mean"] - bound) for bound in (above, below))
+        found["chance"] = float(tail(distance / error, len(values) - 1))
+        found["seeds_needed"] = seeds_needed(distance, values.std(ddof=1))
+        if found["verdict"] == UNDECIDED and found["seeds_needed"] > MOST_SEEDS:
+            found["verdict"] = SMALL
+    return found
+
+
+def seeds_needed(distance, spread):
+    """The fewest seeds whose interval excludes a bound at this distance from the mean."""
+    for n in range(3, MOST_SEEDS + 1):
+        if t975(n - 1) * spread / math.sqrt(n) < distance:
+            return n
+    return MOST_SEEDS + 1
 
 
 def exact(says, got, expected, tolerance):
@@ -49,7 +108,7 @@ def exact(says, got, expected, tolerance):
 
 
 def judged(says, values, above=-math.inf, below=math.inf):
-    """One line of a claim's verdict. Of a run that failed the numbers are NaN: undecided."""
+    """One part of a claim. Of a run that failed the numbers are NaN: undecided."""
     mean, low, high = values
     verdict = UNDECIDED
     if above < low and high < below:
@@ -59,138 +118,118 @@ def judged(says, values, above=-math.inf, below=math.inf):
     return {"says": says, "mean": mean, "low": low, "high": high, "verdict": verdict}
 
 
+def in_words(check):
+    """+0.31 [+0.22, +0.40]; of what is undecided: what would decide it."""
+    mean, low, high = check["mean"], check["low"], check["high"]
+    if math.isnan(mean):
+        return "not measured: a run failed"
+    if low == high:
+        return f"{mean:+.3g}"
+    if math.isinf(low):
+        return f"{mean:+.3g}, one seed"
+    if check["verdict"] != UNDECIDED:
+        return f"{mean:+.2f} [{low:+.2f}, {high:+.2f}]"
+    return (f"between {low:+.2f} and {high:+.2f}, {check['up']} of {check['seeds']} seeds up; about "
+            f"{check['seeds_needed']} seeds would decide")
+
+
 def overall(checks):
-    """The worst of them."""
+    """A claim has one verdict per part; this counts them: "holds", "2 of 3 parts hold"."""
     verdicts = [check["verdict"] for check in checks]
-    return max(verdicts, key=(HOLDS, UNDECIDED, FAILS).index)
+    if len(set(verdicts)) == 1:
+        return verdicts[0]
+    if HOLDS in verdicts:
+        return f"{verdicts.count(HOLDS)} of {len(verdicts)} parts hold"
+    return "does not hold here, in part" if FAILS in verdicts else UNDECIDED
+
+
+def by_chance(checks):
+    """One sentence about all measured parts: how many verdicts may be false?
+
+    A part is decided with 2.5 % risk on each side. Holm 1979: sort the risks of the decided parts;
+    the k-th smallest of n must be below 0.025 / (n - k + 1), then all verdicts so far hold together
+    with 97.5 %.
+    """
+    measured = [check for check in checks if "chance" in check]
+    risks = sorted(check["chance"] for check in measured)
+    together = 0
+    while together < len(risks) and risks[together] < 0.025 / (len(risks) - together):
+        together += 1
+    decided = sum(check["verdict"] in (HOLDS, FAILS) for check in measured)
+    return (f"{len(measured)} parts are measured over seeds and {decided} of them are decided, each "
+            f"with a risk of at most 2.5 %: if every true difference lay exactly at its bound, "
+            f"about {0.025 * len(measured):.1f} verdicts would be false. {together} of them hold "
+            "together at that risk (Holm 1979)")
+
+
+# --- runs -----------------------------------------------------------------------------------------
+
+def broken(run):
+    """True for a breakdown: the policy has left the reference, or writes what is no reply."""
+    return "failed" in run or run["kl"] > BROKEN_KL or run["malformed"] > BROKEN_TEXTS
 
 
 class Runs:
-    """What a claim's arms gave: runs("dpo", "kl") is one number per seed."""
+    """What a claim's arms gave: runs("dpo", "kl") is one number per seed that all arms have."""
 
-    def __init__(self, arms, store, seeds):
+    def __init__(self, arms, store, seeds=None):
         # Arms that nobody has run yet are left out: a new objective needs no runs at once.
-        self.arms = {label: arm for label, arm in arms.items() if arm.key in store}
+        self.arms = {label: arm for label, arm in arms.items() if 0 in store.get(arm.key, {})}
         self.store = store
-        self.seeds = seeds
+        have = [len(store[arm.key]) for arm in self.arms.values()]
+        self.seeds = min([seeds or 10**9, *have], default=0)
 
     def of(self, label):
         """The runs as they are stored."""
-        return [self.store[self.arms[label].key][str(seed)] for seed in range(self.seeds)]
+        runs = self.store[self.arms[label].key]
+        return [runs[seed] for seed in range(self.seeds)]
 
     def __call__(self, label, key):
-        """A run that failed gives NaN; of a stored [mean, sd] the mean is taken."""
-        return np.array([np.ravel(run.get(key, math.nan))[0] for run in self.of(label)], float)
+        """A run that failed gives NaN; "tune reward" is run["tune"]["reward"]."""
+        *inside, key = key.split()
+        found = []
+        for run in self.of(label):
+            for name in inside:
+                run = run.get(name, {})
+            found.append(run.get(key, math.nan))
+        return np.array(found, float)
 
-    def check(self, says, key, label, other, above=0.0):
+    def check(self, says, label, other, above=0.0, key="reward", below=math.inf):
         """Is arm `label`, less arm `other`, above `above`? Paired by seed."""
-        return check(says, self(label, key) - self(other, key), above)
+        return check(says, self(label, key) - self(other, key), above, below)
 
     def like(self, start):
         """The labels that begin so."""
         return [label for label in self.arms if label.startswith(start)]
 
-    def best(self, labels, key="win_rate"):
-        """The label with the best mean; an arm that failed is never best."""
-        means = [np.nan_to_num(self(label, key), nan=-1e9).mean() for label in labels]
-        return labels[int(np.argmax(means))]
+    def best(self, labels, most_kl=math.inf):
+        """The label whose utility on the TUNING questions is best, within so many nats."""
+        def on_tuning(label):
+            utility, kl = self(label, "tune reward").mean(), self(label, "tune kl").mean()
+            return utility if kl <= most_kl else -1e9 - kl
+        return max(labels, key=lambda label: np.nan_to_num(on_tuning(label), nan=-1e12))
+
+    def at_kl(self, labels, kl):
+        """Utility at these KLs on the curve through the arms; it begins at the reference. By seed.
+
+        kl: one number, or one per seed. Beyond the last arm the curve is flat.
+        """
+        kls = np.array([self(label, "kl") for label in labels])
+        rewards = np.array([self(label, "reward") for label in labels])
+        start = self(labels[0], "reward_ref")
+        wanted = np.broadcast_to(kl, self.seeds)
+        found = []
+        for seed in range(self.seeds):
+            order = kls[:, seed].argsort()
+            found.append(np.interp(wanted[seed], np.append(0, kls[order, seed]),
+                                   np.append(start[seed], rewards[order, seed])))
+        return np.array(found)
 
     def above_curve(self, label, curve):
-        """Reward of an arm less that of a curve, given by its labels, at the same KL; by seed."""
-        kl, reward = self(label, "kl"), self(label, "reward")
-        curve_kl = np.array([self(point, "kl") for point in curve])
-        curve_reward = np.array([self(point, "reward") for point in curve])
-        start = self(curve[0], "reward_ref")                 # the curve begins at the reference
-        for seed in range(self.seeds):
-            order = curve_kl[:, seed].argsort()
-            kls = np.append(0, curve_kl[order, seed])
-            rewards = np.append(start[seed], curve_reward[order, seed])
-            reward[seed] -= np.interp(kl[seed], kls, rewards)
-        return reward
+        """Utility of an arm less that of a curve of arms, at the arm's KL; by seed."""
+        return self(label, "reward") - self.at_kl(curve, self(label, "kl"))
 
-
-# --- exact minima ---------------------------------------------------------------------------------
-
-def solve(loss, n, steps=400):
-    """log pi over n replies at the minimum of a population loss of log pi; float64, LBFGS."""
-    scores = torch.zeros(n, dtype=torch.float64, requires_grad=True)
-    search = torch.optim.LBFGS([scores], max_iter=steps, tolerance_grad=1e-12,
-                               tolerance_change=1e-14, line_search_fn="strong_wolfe")
-
-    def closure():
-        search.zero_grad()
-        value = loss(torch.log_softmax(scores, 0))
-        value.backward()
-        return value
-
-    search.step(closure)
-    return torch.log_softmax(scores.detach(), 0)
-
-
-def table_of_replies(seed, n=6):
-    """A random reference over n replies and their utilities, float64."""
-    draw = torch.Generator().manual_seed(seed)
-    ref = torch.randn(n, generator=draw, dtype=torch.float64)
-    return torch.log_softmax(ref, 0), torch.randn(n, generator=draw, dtype=torch.float64)
-
-
-def dpo_minimum(ref, better, beta):
-    """Where DPO's population loss is least; better: P(row beats column)   (n, n)"""
-    def loss(logp):
-        ratios = logp - ref
-        chosen, rejected = torch.broadcast_tensors(ratios[:, None], ratios)
-        return (better * dpo_loss(chosen, rejected, beta=beta)).sum()
-    return solve(loss, len(ref))
-
-
-def kto_minimum(ref, liked, beta):
-    """Where KTO's is, with z0 = 0; liked: the share of thumbs that are up   (n,)"""
-    def loss(logp):
-        ratios = logp - ref
-        up = torch.ones(len(ref), dtype=torch.bool)
-        none = ratios.detach()[:0]
-        good = kto_loss(ratios, up, none, beta=beta)
-        bad = kto_loss(ratios, ~up, none, beta=beta)
-        return (liked * good + (1 - liked) * bad).sum()
-    return solve(loss, len(ref))
-
-
-SHARES = np.linspace(0.55, 0.95, 9)
-
-
-@lru_cache(maxsize=None)
-def majority(seed):
-    """Of two replies, a share p of annotators prefer a to b, for each p of SHARES.   (3, 9)
-
-    -> pi(b) under KTO; DPO's odds of b, over the reference's; DPO's beta h less logit(p)
-    """
-    ref, _ = table_of_replies(seed, 2)
-    found = []
-    for p in SHARES:
-        better = torch.tensor([[0, p], [1 - p, 0]], dtype=torch.float64)
-        kept = kto_minimum(ref, better.sum(1), beta=0.5)[1].exp().item()
-        log_odds = (dpo_minimum(ref, better, beta=0.5) - ref).diff().item()
-        found.append((kept, math.exp(log_odds), -0.5 * log_odds - math.log(p / (1 - p))))
-    return np.array(found).T
-
-
-def first_gradients():
-    """DPO's gradient over KTO's on one pair, at equal weights."""
-    ratios = torch.zeros(2, dtype=torch.float64, requires_grad=True)
-    dpo = dpo_loss(ratios[:1], ratios[1:], beta=0.5).mean()
-    kto = kto_loss(ratios, torch.tensor([True, False]), ratios.detach()[:0], beta=0.5).mean()
-    return (torch.autograd.grad(dpo, ratios)[0] / torch.autograd.grad(kto, ratios)[0]).mean()
-
-
-def spin_distances(lam, n):
-    """Largest less smallest log p_t - log p_data after t = 0..n exact steps, on a random table.
-
-    SPIN's exact step: log p' = (1 - 1/lam) log p + (1/lam) log p_data, normalised.
-    """
-    p, _ = table_of_replies(0)
-    goal = torch.log_softmax(table_of_replies(1)[1], 0)
-    distances = []
-    for _ in range(n + 1):
-        distances.append(float((p - goal).max() - (p - goal).min()))
-        p = torch.log_softmax((1 - 1 / lam) * p + goal / lam, 0)
-    return distances
+    def breakdowns(self):
+        """{label: (how many runs, of how many)}, of arms that had one."""
+        counts = {label: sum(map(broken, self.of(label))) for label in self.arms}
+        return {label: (count, self.seeds) for label, count in counts.items() if count}

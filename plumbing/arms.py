@@ -66,8 +66,8 @@ def arm(loss, on="pairs", start="sft", **flags):
 def preferences(on, seed, base):
     """The rows called "pairs", "flip 0.2", "500 pairs flip 0.2 one thumb", "likes length" ...
 
-    N pairs; flip, desirable, undesirable: that share is exchanged, or is all that is kept of a
-    class; one thumb: of each pair one response alone, with its thumb
+    N pairs, or as many as the name begins with. flip: that share is exchanged. desirable,
+    undesirable: that share is kept of a class. one thumb: of each pair one response alone.
     """
     how = {name: float(share) for name, share in re.findall(r"([a-z]+) (0\.\d+)", on)}
     n = int(re.match(r"\d+|", on)[0] or N)
@@ -75,9 +75,12 @@ def preferences(on, seed, base):
         return world.native_thumbs(2 * n, seed)
     if on == "expert":
         texts = world.dialogues(world.N_EXPERT, seed + 2, "expert")
-        return [{"prompt": prompt, "completion": reply, "label": True} for prompt, reply in texts]
+        return [row | {"label": True} for row in unjudged(texts)]
     if on == "own replies":
         return own_replies(seed, base)
+    if on == "expert up":
+        return [row | {"label": kind == "expert"} for kind in ("expert", "sft")
+                for row in unjudged(world.dialogues(n, seed + 2, kind))]
     rows = world.pairs(n, seed, flip=how.pop("flip", 0.0))
     if on == "likes length":
         rng = random.Random(f"length {seed}")
@@ -85,12 +88,22 @@ def preferences(on, seed, base):
                 for pair in rows]
     if on == "never said":
         return never_said(rows, seed)
+    if on == "one topic":
+        device, _ = world.parse_prompt(rows[0]["prompt"])
+        return [row for row in rows if world.parse_prompt(row["prompt"])[0] == device]
+    if on == "twofold":
+        return [row | {side: f"{row[side]} {other[side]}" for side in ("chosen", "rejected")}
+                for row, other in zip(rows, rows[1:])]
     if "one thumb" in on:
         rng = random.Random(f"one thumb {seed}")
         rows = [rng.choice(world.thumbs([pair], 0)) for pair in rows]
     if how:
         rows = world.keep_class(world.thumbs(rows, seed), **how, seed=seed)
     return rows
+
+
+def unjudged(texts):
+    return [{"prompt": prompt, "completion": reply} for prompt, reply in texts]
 
 
 def annotate(rng, prompt, replies, per_word=0.0):

@@ -27,7 +27,7 @@ WORDS = {
 NAMED = ("kto", "dpo", "ipo", "tdpo2", "simpo", "nca", "orpo")          # where a plane is crowded
 
 
-def draw(claim, runs, path):
+def draw(claim, runs, verdict, path):
     """A claim's panels: functions (ax, runs), or names of numbers, which are drawn as dots."""
     picture, axes = figure(len(claim.panels), 6.4, 4.2)
     for ax, panel in zip(axes, claim.panels):
@@ -35,7 +35,8 @@ def draw(claim, runs, path):
             dots(ax, runs, panel.split())
         else:
             panel(ax, runs)
-    picture.suptitle(textwrap.fill(claim.says, 72 * len(axes)), fontsize=11)
+    title = f"{verdict[0].upper()}{verdict[1:]}: {claim.says}"
+    picture.suptitle(textwrap.fill(title, 76 * len(axes)), fontsize=11)
     picture.savefig(path, dpi=110)
 
 
@@ -61,7 +62,7 @@ def dots(ax, runs, keys):
         ax.axvline(0, color=BLACK, lw=0.8, ls=":")
 
 
-def curves(ax, runs, knob="", key="win_rate"):
+def curves(ax, runs, knob="", key="reward"):
     """A line per loss against a knob, from labels such as "kto beta 0.5"."""
     series = {}
     for label in runs.arms:
@@ -88,10 +89,7 @@ def frontier(ax, kl_max=4.4):
 
 
 def plane(ax, runs):
-    """Arms under the exact frontier: "dpo beta 0.1" and "dpo beta 0.5" are points of one curve.
-
-    In grey what --eval_every has measured on the way, and where it is crowded what is not NAMED.
-    """
+    """Arms under the exact frontier: "dpo beta 0.1" and "dpo beta 0.5" are points of one curve."""
     series = {}
     for label in runs.arms:
         family = re.match(r"([a-z]\w*) (beta|tau|lam) ", label)
@@ -106,9 +104,6 @@ def plane(ax, runs):
         order = kl.mean(1).argsort()
         ax.plot(kl.mean(1)[order], reward.mean(1)[order], **how)
         ax.scatter(kl, reward, s=6, alpha=0.4, color=how["color"])
-        for run in runs.of(labels[0]):
-            way = np.array([(point["kl"], point["reward"]) for point in run.get("curve", [])])
-            ax.plot(*way.reshape(-1, 2).T, ".-", ms=4, lw=0.6, color="#bbbbbb", zorder=1)
     farthest = max([4.4, *(runs(label, "kl").mean() for name in shown for label in series[name])])
     frontier(ax, kl_max=min(9.0, 1.2 * farthest))
     ax.legend(frameon=False, loc="lower right", fontsize=8)
@@ -116,9 +111,79 @@ def plane(ax, runs):
 
 def majorities(ax, runs):
     """Of two replies, what is left of the one that fewer annotators prefer."""
-    from plumbing.verdicts import SHARES, majority
+    from plumbing.minima import SHARES, majority
     kto, dpo, _ = majority(0)
     ax.semilogy(SHARES, kto.clip(1e-12), label="KTO: pi(b)", **look(0))
     ax.semilogy(SHARES, dpo, label="DPO: pi(b)/pi(a), over the reference's", **look(1))
     ax.set(xlabel="share of annotators who prefer a to b", ylabel="below 1e-12: drawn there")
     ax.legend(frameon=False)
+
+
+def on_the_way(ax, runs, only=()):
+    """What --eval_every has measured, mean over seeds; an arm without it is its end alone."""
+    labels = [label for label in runs.arms if not only or label.split(",")[0] in only]
+    farthest = 0.0
+    for k, label in enumerate(labels):
+        paths = [[[0, 0, run["reward_ref"]], *run["path"]] for run in runs.of(label)]
+        style = look(k) | {"ls": "--" if "learnt" in label else "-"}
+        if len(paths[0]) > 1:
+            way = np.mean(paths, 0)
+            ax.plot(way[:, 1], way[:, 2], ms=3, lw=1.2, label=label, **style)
+            farthest = max(farthest, way[:, 1].max())
+        else:
+            ax.scatter(runs(label, "kl"), runs(label, "reward"), s=30, label=label, **look(k))
+            farthest = max(farthest, runs(label, "kl").max())
+    frontier(ax, kl_max=max(4.4, 1.05 * farthest))
+    ax.legend(frameon=False, loc="lower right", fontsize=7, ncol=1 + (len(labels) > 9))
+
+
+def at_equal_kl(ax, runs, flip=""):
+    """Utility at 1.5 nats against the number of pairs, a line per way to use them."""
+    kinds = ("DPO", "KTO, 2n thumbs", "KTO, n thumbs", "KTO, 1:9")
+    for k, kind in enumerate(kinds):
+        points = {}
+        for n in (125, 500, 2000, 4000):
+            labels = runs.like(f"{n} pairs{flip}: {kind},")
+            if labels:
+                points[n] = runs.at_kl(labels, 1.5)
+        if points:
+            y = np.array(list(points.values()))
+            ax.errorbar(list(points), y.mean(1), y.std(1), capsize=3, label=kind, **look(k))
+    ax.set_xscale("log")
+    ax.set_xticks([125, 500, 2000, 4000], ["125", "500", "2,000", "4,000"])
+    ax.minorticks_off()
+    ax.set(xlabel="pairs n" + flip, ylabel="true utility per reply at 1.5 nats")
+    ax.legend(frameon=False)
+
+
+def early_signs(ax, runs, falls_and_kl):
+    """Each run: how far log pi(chosen) fell early, and where its KL ended."""
+    for k, label in enumerate(runs.arms):
+        falls, kl = falls_and_kl(runs, [label])
+        ax.scatter(falls, kl, s=24, label=label, **look(k))
+    ax.set_yscale("log")
+    ax.set_yticks([1, 2, 5, 10, 20], ["1", "2", "5", "10", "20"])
+    ax.set(xlabel="log pi(chosen): fall from the run's first to its third fifth, nats",
+           ylabel="KL at the end, nats")
+    ax.legend(frameon=False, fontsize=7)
+
+
+def regimes(ax, runs):
+    """z0 before the clamp over the run, in fifths; and KL at the end."""
+    for k, label in enumerate(runs.arms):
+        ways = np.array([run["early"]["z0_raw"] for run in runs.of(label)])
+        ax.errorbar(range(1, 6), ways.mean(0), ways.std(0), capsize=2, label=label, **look(k))
+        ax.scatter([6], runs(label, "kl").mean(), **look(k))
+    ax.axhline(0, color=BLACK, lw=0.8, ls=":")
+    ax.set_xticks(range(1, 7), ["first\nfifth", "2", "3", "4", "last\nfifth", "KL at\nthe end"])
+    ax.set_ylabel("z0 before the clamp, nats")
+    ax.legend(frameon=False, fontsize=8)
+
+
+def everything(ax, runs):
+    """Every stored run of every claim as one dot under the frontier."""
+    ends = [run for seeds in runs.store.values() for run in seeds.values() if "kl" in run]
+    ax.scatter([run["kl"] for run in ends], [run["reward"] for run in ends], s=8, alpha=0.5,
+               color=BLUE, label=f"{len(ends):,} runs")
+    frontier(ax, kl_max=8.0)
+    ax.legend(frameon=False, loc="lower right")

@@ -1,30 +1,30 @@
 """Tables of objectives and claims: docs/objectives.md and results/README.md have them."""
 
 import inspect
-import itertools
 import json
-import math
 import re
-import subprocess
-import sys
 from pathlib import Path
 
-import numpy as np
-
 import recipes
-from objective import needs, signature
-from plumbing import rundir
+from objective import needs
+from plumbing import methods
+from plumbing.verdicts import by_chance, exact_interval, in_words
 
 ROOT = Path(__file__).parents[1]
-METHODS = ROOT / "results" / "methods.json"
 NAMES = list(dict.fromkeys([*recipes.LOSSES, *recipes.RECIPES]))
 
 
-def refresh(every_claim):
+def refresh(every_claim, found, stored):
     """Paste the tables into the pages that have them."""
+    results = ROOT / "results" / "README.md"
     paste(objectives(), ROOT / "docs" / "objectives.md")
-    paste(claims(every_claim), ROOT / "results" / "README.md")
-    paste(methods(), ROOT / "results" / "README.md")
+    paste(claims(every_claim, found), results)
+    paste(breakdowns(found), results)
+    paste(table_of_methods(stored), results)
+    text = results.read_text(encoding="utf-8")
+    said = by_chance([check for one in found.values() for check in one["checks"]])
+    text = re.sub(r"(?<=<!-- by chance -->\n).*", lambda _: said + ".", text)
+    results.write_text(text, encoding="utf-8")
 
 
 def paste(table, page):
@@ -83,95 +83,53 @@ def data_of(recipe):
     return " + ".join([words.get(recipe.learns_from, recipe.learns_from), *more])
 
 
-# --- what it reaches ------------------------------------------------------------------------------
-
-KEPT = ("win_rate", "win_rate_ci95", "reward", "kl", "malformed", "length", "reward_greedy",
-        "reward_ref_greedy")
-
-
-def read_methods():
-    return json.loads(METHODS.read_text()) if METHODS.exists() else {}
-
-
-def run_methods(names, seeds):
-    """results/methods.json: every objective's settings and runs, written after every run."""
-    results = read_methods()
-    for seed, name in itertools.product(range(seeds), names):
-        folder = Path("out/methods") / f"{name}-{seed}"
-        argv = ["--loss", name, "--seed", str(seed), "--out", str(folder), "--overwrite"]
-        if not (folder / "eval.json").exists():
-            done = subprocess.run([sys.executable, str(ROOT / "train.py"), *argv],
-                                  stdout=subprocess.DEVNULL)
-            if done.returncode:                              # it has said why
-                print(f"{name}, seed {seed}: failed")
-                continue
-        add_run(results.setdefault(name, {"runs": []}), name, seed, folder)
-        rundir.write(METHODS, json.dumps(results, indent=1) + "\n")
-        print(f"{name}, seed {seed}: win rate {results[name]['runs'][-1]['win_rate']:.3f}")
-
-
-def add_run(entry, name, seed, folder):
-    found = json.loads((folder / "eval.json").read_text())
-    config = json.loads((folder / "config.json").read_text())
-    own = signature(recipes.find(name).loss)[1]
-    entry["settings"] = {key: config[key] for key in ("lr", "steps", "batch_size", *own)}
-    run = {"seed": seed} | {key: found[key] for key in KEPT}
-    run |= {"best": found["optimum_at_same_kl"]["reward"], "commit": config["commit"],
-            "seconds": found["seconds"]["align_cpu"]}
-    entry["runs"] = [old for old in entry["runs"] if old["seed"] != seed] + [run]
-
-
-def methods():
-    """Mean +- standard deviation over seeds, best win rate first."""
-    rows = []
-    for name, entry in read_methods().items():
-        used = entry["settings"]
-        knobs = [f"{knob} {used[knob]:g}" for knob in ("beta", "tau", "gamma", "delta", "lam")
-                 if knob in used]
-        win_rate = np.mean([run["win_rate"] for run in entry["runs"]])
-        rows.append((-win_rate, (
-            f"`{name}`", over_seeds(entry, "win_rate", 3), over_seeds(entry, "reward", 2),
-            over_seeds(entry, "best", 2, spread=False), over_seeds(entry, "kl", 2),
-            over_seeds(entry, "malformed", 2), over_seeds(entry, "seconds", 0, spread=False),
-            ", ".join([*knobs, f"{used['lr']:g}"]))))
-    head = ("`--loss`", "win rate", "true utility", "best possible at this KL", "KL, nats",
-            "malformed", "CPU s", "beta, lr")
-    rows.sort(key=lambda row: row[0])
-    return markdown(head, [cells for _, cells in rows])
-
-
-def over_seeds(entry, key, digits, spread=True):
-    values = [run[key] for run in entry["runs"]]
-    text = f"{np.mean(values):.{digits}f}"
-    if spread and len(values) > 1:
-        text += f" +- {np.std(values, ddof=1):.{digits}f}"
-    return text
-
-
 # --- verdicts -------------------------------------------------------------------------------------
 
-def number(check):
-    """+0.017 [-0.011, +0.045]"""
-    mean, low, high = check["mean"], check["low"], check["high"]
-    if math.isnan(mean):
-        return "not measured: a run failed"
-    if low == high or math.isinf(low):
-        return f"{mean:+.3g}"
-    return f"{mean:+.3g} [{low:+.3g}, {high:+.3g}]"
+def read_verdicts():
+    path = ROOT / "results" / "verdicts.json"
+    return json.loads(path.read_text()) if path.exists() else {}
 
 
-def claims(every):
-    """Every claim with its last verdict, from results/claims."""
+def claims(every, found):
+    """Every claim with a line for each of its parts."""
     rows = []
     for name, claim in every.items():
-        path = ROOT / "results" / "claims" / f"{name}.json"
-        if not path.exists():
-            rows.append((claim.says, claim.source, "not run yet", "", f"`{name}`", ""))
+        if name not in found:
+            rows.append((f"{claim.says} ({claim.source})", "not run yet", "", f"`{name}`", ""))
             continue
-        found = json.loads(path.read_text())
-        compared = [f"{check['says']}: {number(check)}" for check in found["checks"]]
-        rows.append((claim.says, claim.source, f"**{found['verdict']}**", "; ".join(compared),
-                     f"[`{name}`](claims/{name}.png)", f"{found['cpu_seconds']:,}"))
-    head = ["claim", "source", "verdict", "what was compared: mean difference [95 %]",
-            "`experiments.py`", "CPU s"]
+        one = found[name]
+        link = f"[`{name}`](claims/{name}.png)"
+        rows.append((f"**{claim.says}** ({claim.source})", f"**{one['verdict']}**", "", link,
+                     seeds_of(one)))
+        rows += [(check["says"], check["verdict"], in_words(check), "", "")
+                 for check in one["checks"]]
+    head = ("claim, and its parts", "verdict", "mean difference [95 %]", "picture", "seeds")
     return markdown(head, rows)
+
+
+def seeds_of(one):
+    if not one["runs"]:
+        return "exact"
+    return str(one["seeds"]) if one["seeds"] >= one["asked"] else f"{one['seeds']} of {one['asked']}"
+
+
+def rate(count, n):
+    low, high = exact_interval(count, n)
+    return f"{count} of {n} [{low:.0%}, {high:.0%}]"
+
+
+def breakdowns(found):
+    """Every arm that had one, each named once."""
+    rows = {}
+    for name, one in found.items():
+        for label, (count, n) in one["breakdowns"].items():
+            rows.setdefault((name, count, n), []).append(label)
+    rows = [(f"`{name}`", "; ".join(labels), rate(count, n))
+            for (name, count, n), labels in rows.items()]
+    return markdown(("claim", "arms that broke down", "runs [95 %]"), rows)
+
+
+def table_of_methods(stored):
+    head = ("`--loss`", "learns from", "true utility [95 %]", "KL, nats", "share of the frontier",
+            "win rate", "malformed", "broke down", "CPU s", "chosen settings")
+    return markdown(head, methods.rows(stored))

@@ -432,8 +432,8 @@ def say(found):
               f"{one['cpu_seconds']} CPU s)")
         for check in one["checks"]:
             print(f"  {check['verdict']:<26}{check['says']}: {tables.in_words(check)}")
-        for label, (count, n) in one["breakdowns"].items():
-            print(f"  broke down                {label}: {tables.rate(count, n)}")
+        for key, (count, n) in one["breakdowns"].items():
+            print(f"  broke down                {key}: {tables.rate(count, n)}")
 
 
 def judge_all():

@@ -7,10 +7,11 @@
 The score is its share of the frontier: (utility - reference's) / (frontier at its KL - reference's).
 """
 
+import math
+
 import numpy as np
 
 import recipes
-import world
 from objective import signature
 from plumbing import store
 from plumbing.arms import arm, tuned
@@ -54,13 +55,14 @@ def grid(name):
 
 
 def chosen(name, stored):
-    """The best arm on the tuning questions within MOST_KL; None before the grid has been run."""
-    tried = [(one, stored[one.key][0]) for one in grid(name) if 0 in stored.get(one.key, {})]
-    tried = [(one, run["tune"]) for one, run in tried if "tune" in run]
-    if not tried:
+    """The best arm on the tuning questions within MOST_KL; None before the whole grid has run."""
+    def on_tuning(one):
+        found = stored[one.key][0].get("tune", {"reward": -math.inf, "kl": math.inf})
+        return found["reward"] if found["kl"] <= MOST_KL else -100 - found["kl"]
+
+    if any(0 not in stored.get(one.key, {}) for one in grid(name)):
         return None
-    return max(tried, key=lambda pair: pair[1]["reward"] if pair[1]["kl"] <= MOST_KL
-               else -100 - pair[1]["kl"])[0]
+    return max(grid(name), key=on_tuning)
 
 
 def run(out, processes):

@@ -173,11 +173,10 @@ class Runs:
     """What a claim's arms gave: runs("dpo", "kl") is one number per seed that all arms have."""
 
     def __init__(self, arms, store, seeds=None):
-        # Arms that nobody has run yet are left out: a new objective needs no runs at once.
-        self.arms = {label: arm for label, arm in arms.items() if 0 in store.get(arm.key, {})}
+        self.arms = arms
         self.store = store
-        have = [len(store[arm.key]) for arm in self.arms.values()]
-        self.seeds = min([seeds or 10**9, *have], default=0)
+        have = [len(store.get(arm.key, {})) for arm in arms.values()]
+        self.seeds = min([seeds or 10**9, *have])            # 0: an arm was never run
 
     def of(self, label):
         """The runs as they are stored."""
@@ -230,6 +229,6 @@ class Runs:
         return self(label, "reward") - self.at_kl(curve, self(label, "kl"))
 
     def breakdowns(self):
-        """{label: (how many runs, of how many)}, of arms that had one."""
-        counts = {label: sum(map(broken, self.of(label))) for label in self.arms}
-        return {label: (count, self.seeds) for label, count in counts.items() if count}
+        """{arm's key: (how many runs, of how many)}, of arms that had one."""
+        counts = {arm.key: sum(map(broken, self.of(label))) for label, arm in self.arms.items()}
+        return {key: (count, self.seeds) for key, count in counts.items() if count}

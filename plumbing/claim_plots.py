@@ -163,7 +163,7 @@ def early_signs(ax, runs, falls_and_kl):
         ax.scatter(falls, kl, s=24, label=label, **look(k))
     ax.set_yscale("log")
     ax.set_yticks([1, 2, 5, 10, 20], ["1", "2", "5", "10", "20"])
-    ax.set(xlabel="log pi(chosen): fall from the run's first to its third fifth, nats",
+    ax.set(xlabel="log pi(chosen): fall from the run's first to its second fifth, nats",
            ylabel="KL at the end, nats")
     ax.legend(frameon=False, fontsize=7)
 

@@ -6,7 +6,7 @@ import numpy as np
 
 from plumbing.arms import arm
 from plumbing.claim_plots import at_equal_kl, early_signs, regimes
-from plumbing.claims import AUTO, KTO, KTO_CURVE, LEASH, MATTERS, claim
+from plumbing.claims import AUTO, KTO_CURVE, LEASH, MATTERS, claim
 from plumbing.verdicts import check, judged
 
 SIZES = (125, 500, 2000, 4000)
@@ -57,41 +57,42 @@ def choosing(runs):
 
 
 def falls_and_kl(runs, labels=None):
-    """Of each run: nats by which log pi(chosen) fell from its first to its third fifth; its KL."""
-    found = [(run["early"]["logps/chosen"][0] - run["early"]["logps/chosen"][2], run["kl"])
-             for label in labels or runs.arms for run in runs.of(label) if "kl" in run]
+    """Of each run: nats by which log pi(chosen) fell from its first to its second fifth; its KL."""
+    found = []
+    for label in labels or runs.arms:
+        for run in runs.of(label):
+            first, second, *_ = run["early"]["logps/chosen"]
+            found.append((first - second, run["kl"]))
     return np.array(found).T
 
 
 WEAK = {"beta": 0.25}                # KTO at beta 0.25: some seeds run away, others do not
-REMEDIES = {"KTO, beta 0.25": KTO_CURVE["kto beta 0.25"], "KTO, beta 0.5": KTO,
-            "lambda_u 0.75": arm("kto", **WEAK, lambda_u=0.75),
-            "lr 2e-4": arm("kto", **WEAK, lr=2e-4),
-            "warm-up 50": arm("kto", **WEAK, warmup=50),
-            "batches of 128": arm("kto", **WEAK, batch_size=128),
-            "clip 0.1": arm("kto", **WEAK, max_grad_norm=0.1),
-            "humanline": arm("humanline_kto", **WEAK, lr=1e-4)}
+UNTREATED = {f"KTO, beta {beta:g}": KTO_CURVE[f"kto beta {beta:g}"] for beta in (0.1, 0.25, 0.5)}
+REMEDIES = {
+    "lambda_u 0.75": arm("kto", **WEAK, lambda_u=0.75),
+    "lr 2e-4": arm("kto", **WEAK, lr=2e-4),
+    "warm-up 50": arm("kto", **WEAK, warmup=50),
+    "batches of 128": arm("kto", **WEAK, batch_size=128),
+    "clip 0.1": arm("kto", **WEAK, max_grad_norm=0.1),
+    "humanline": arm("humanline_kto", **WEAK, lr=1e-4)}
 
 
 @claim("A run that runs away shows it early, and a remedy exists", "this project's own runs",
-       REMEDIES, [lambda ax, runs: early_signs(ax, runs, falls_and_kl), "kl", "malformed"])
+       UNTREATED | REMEDIES, [partial(early_signs, falls_and_kl=falls_and_kl), "kl", "malformed"])
 def runaway(runs):
-    """KTO with a weak leash. The sign: log pi of DESIRABLE replies falls from the first to the third
+    """KTO with a weak leash. The sign: log pi of DESIRABLE replies falls from the first to the second
     fifth of the run. Undesirable replies are pushed down without an end, and what both kinds share
     goes down with them.
     """
-    base = "KTO, beta 0.25"
-    falls, kl = falls_and_kl(runs)
+    falls, kl = falls_and_kl(runs, UNTREATED)
     together = float(np.corrcoef(falls, np.log(kl))[0, 1])
     error = 1.96 / np.sqrt(max(4, len(kl)) - 3)
     low, high = np.tanh(np.arctanh(together) + np.array([-error, error]))
     checks = [judged(f"correlation of that fall with log KL at the end, {len(kl)} runs, > 0.5",
                      (together, low, high), above=0.5)]
-    for name in runs.arms:
-        if name not in (base, "KTO, beta 0.5"):
-            checks.append(check(f"log KL, beta 0.25 - with {name} > 0",
-                                np.log(runs(base, "kl")) - np.log(runs(name, "kl"))))
-    return checks
+    untreated = np.log(runs("KTO, beta 0.25", "kl"))
+    return checks + [check(f"log KL, beta 0.25 - the same with {name} > 0",
+                           untreated - np.log(runs(name, "kl"))) for name in REMEDIES]
 
 
 REGIMES = {"pairs": "pairs", "own replies": "own replies", "native thumbs": "native",

@@ -61,7 +61,7 @@ def check_first_step(look, grad_norm, run):
     """The self-check of step 0: at equal weights the loss is known, and there is a gradient."""
     loss, expected, apart = look
     tolerance = TOLERANCE[run.config.dtype]
-    line = (f"step 0: loss {loss:.6f} (predicted {expected:.6f}) | log-ratios up to {apart:.1e} "
+    line = (f"step 0: loss {loss:.6f} (predicted {expected:.6f}) | log-ratios up to {apart:.2g} "
             f"| gradient {grad_norm:.3g}")
     if grad_norm == 0 and run.recipe.online:                 # such as a task not solved once yet
         return say(line + "\n        no gradient yet: the rewards of each group are equal")

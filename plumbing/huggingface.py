@@ -509,7 +509,7 @@ def load_lm(folder, dtype, trust_remote_code, flag):
 
 
 def refuse_more_layers(lm, unused, said):
-    """Stop if an unused tensor would be one of ours with another layer's number: layers.5, layers.0.
+    """Stop if an unused tensor is named like one of ours, but for the layer: layers.5, layers.0.
 
     Then the config has fewer layers than the files. Other unused tensors, a tied head, do no harm.
     """

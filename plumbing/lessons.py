@@ -61,7 +61,7 @@ def descend_each(losses):
 
 
 def descend(loss, steps=30):
-    """Descent on the log odds of A, by the sign of the slope.   -> first loss, first slope, pi(A)"""
+    """Descent on the log odds of A, by the slope's sign.  -> first loss, first slope, pi(A)"""
     log_odds = torch.zeros((), requires_grad=True)
     path = []
     stride = 0.5

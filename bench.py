@@ -324,9 +324,10 @@ def measure_step(case, repeats, with_trl, folder):
 
 
 def measure_epoch(case, repeats, with_trl, folder):
-    """A whole run over 64 units: text, tokens, models from their folder, reference pass, steps.
+    """A whole run over 64 units, from text to trained weights.
 
-    TRL asks its reference at every step ("online") or before the first ("cached"), as we do.
+    It reads and tokenises the text, loads the models, asks the reference, and takes every step.
+    TRL asks its reference at every step ("online"), or before the first as we do ("cached").
     """
     steps = max(1, 64 // case.batch_size)
     rows = list(records(case, steps * case.batch_size))

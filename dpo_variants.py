@@ -28,10 +28,13 @@ Sources. Equations were read in public code (the authors' where it exists), not 
 "secondary": from another text. "from memory": not looked up. Titles are shortened.
 Numerics. log sigma(t) is F.logsigmoid(t), because log(sigmoid(-800.)) is -inf. sigma(t) is
 exp(log sigma(t)), because sigmoid(100.) is exactly 1 and its gradient 0 instead of 4e-44.
+plumbing/numerics.py has the exponentials that would overflow.
 """
 
 import torch
 import torch.nn.functional as F
+
+from plumbing.numerics import log1mexp, log_max, power_gap
 
 
 # --- 1. imitate; compare with a reference ---------------------------------------------------------
@@ -524,9 +527,6 @@ def aot_loss(chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps,
     return cdpo_loss(d, torch.zeros_like(d), beta=beta, label_smoothing=label_smoothing)
 
 
-aot_loss.needs_whole_batch = True               # the loop gives it the global batch in one part
-
-
 def aot_unpaired_loss(chosen_logratios, rejected_logratios, *, beta=0.01, label_smoothing=0.0):
     """cdpo's curve at beta d, d = sort(c) - sort(r), in sorted order.   (B,)
 
@@ -539,6 +539,7 @@ def aot_unpaired_loss(chosen_logratios, rejected_logratios, *, beta=0.01, label_
     return cdpo_loss(c, r, beta=beta, label_smoothing=label_smoothing)
 
 
+aot_loss.needs_whole_batch = True               # the loop gives it the global batch in one part
 aot_unpaired_loss.needs_whole_batch = True
 
 
@@ -577,45 +578,7 @@ def xpo_loss(chosen_logratios, rejected_logratios, target_logps, *, beta=0.1, al
     return dpo_loss(chosen_logratios, rejected_logratios, beta=beta) + alpha * target_logps
 
 
-# --- numerics and checks --------------------------------------------------------------------------
-
-def log_max(x):
-    """The largest exponent whose exp stays finite, with room for a factor of e^10.   ()"""
-    return x.new_tensor(torch.finfo(x.dtype).max).log() - 10
-
-
-def log1mexp(x):
-    """log(1 - e^x) for x <= 0.   (B,)
-
-    Near 0, where e^x rounds to 1, expm1 is exact; far below, where 1 - e^x rounds to 1, log1p is.
-    log1p gets a harmless number where it is not used, else its gradient would be 0 * inf = NaN.
-    """
-    x = x.clamp(max=-torch.finfo(x.dtype).tiny)     # p = 1: the odds are huge, not infinite
-    minus_log2 = torch.full_like(x, -0.6931471805599453)
-    near = x > minus_log2
-    by_expm1 = torch.log(-torch.expm1(x))
-    by_log1p = torch.log1p(-torch.exp(torch.where(near, minus_log2, x)))
-    return torch.where(near, by_expm1, by_log1p)
-
-
-def power_gap(a, b, alpha):
-    """f(a) - f(b), f(t) = (1 - e^(-alpha t)) / alpha, which is t at alpha = 0.   (B,)
-
-    Where an exponential would overflow, both are divided by the same factor. Without it inf - inf
-    would be NaN, and clamping both would make them equal.
-    """
-    if alpha == 0:
-        return a - b
-    x = -alpha * b
-    y = -alpha * a
-    excess = (torch.maximum(x, y) - log_max(x)).clamp(min=0).detach()
-    return (exp_minus_1(x - excess) - exp_minus_1(y - excess)) / alpha
-
-
-def exp_minus_1(t):
-    """e^t - 1.   (B,)   expm1 keeps its digits near 0; its gradient, result + 1, is 0 below -37."""
-    return torch.where(t > -1, torch.expm1(t), t.exp() - 1)
-
+# --- checks ---------------------------------------------------------------------------------------
 
 def check(**hyper):
     """ValueError for a value out of range: beta = 0 has no gradient, beta < 0 the wrong sign."""
@@ -636,8 +599,7 @@ def require(fine, name, valid, value):
 
 
 LOSSES = {
-    "sft": sft_loss, "dpo": dpo_loss,
-    "cdpo": cdpo_loss, "rdpo": rdpo_loss,
+    "sft": sft_loss, "dpo": dpo_loss, "cdpo": cdpo_loss, "rdpo": rdpo_loss,
     "ipo": ipo_loss, "ipo_avg": ipo_avg_loss, "ipo_bernoulli": ipo_bernoulli_loss,
     "hinge": hinge_loss, "exo": exo_loss, "discopop": discopop_loss,
     "dpop": dpop_loss, "dpo_shift": dpo_shift_loss, "nca": nca_loss, "bco_pair": bco_pair_loss,
@@ -654,21 +616,4 @@ LOSSES = {
 
 if __name__ == "__main__":                       # a lesson: python dpo_variants.py
     from plumbing import lessons
-
-    print("A beats B in 80 of 100 comparisons. The reference says each half the time.")
-    print("beta is 1. Slope: by log pi(A) / pi(B). Descent starts at the reference.\n")
-    print("                  loss    slope   pi(A) where descent ends")
-    for name, loss in LOSSES.items():
-        log_odds = torch.zeros((), requires_grad=True)
-        path = []
-        stride = 0.5
-        for _ in range(30):
-            mean = lessons.mean_loss(loss, log_odds, beta=1.0)
-            slope, = torch.autograd.grad(mean, log_odds)
-            path.append((mean.item(), slope.item()))
-            if slope * path[-2:][0][1] < 0:                      # it went too far
-                stride = stride / 2
-            log_odds.data -= stride * slope.sign()
-        rest = log_odds.sigmoid().item()
-        start = "{:9.2f} {:+8.2f}".format(*path[0])
-        print(f"{name:14}{start}{rest:8.2f}  {'#' * round(36 * rest)}")
+    lessons.descend_each(LOSSES)

@@ -48,8 +48,12 @@ def print_table(columns):
 
 
 def print_wrapped(title, text, width=95):
-    """A title and a text; further lines begin below the first word of the text."""
-    print(textwrap.fill(title + text, width, subsequent_indent=" " * len(title)))
+    """A title and a text; further lines begin below the first word of the text.
+
+    A \\u00a0 in the text is printed as a blank at which no line ends.
+    """
+    lines = textwrap.fill(title + text, width, subsequent_indent=" " * len(title))
+    print(lines.replace("\u00a0", " "))
 
 
 # --- lines -----------------------------------------------------------------------------------
@@ -195,8 +199,11 @@ class Museum:
         draw(ax)
         ax.set_title(title)
         plt.show()
-        for name in tests:
-            print(f"found by tests/{self.file_of[name]}\n  {name}")
+        for file in dict.fromkeys(self.file_of[name] for name in tests):
+            print(f"found by tests/{file}")
+            for name in tests:
+                if self.file_of[name] == file:
+                    print(f"  {name}")
         print()
 
     def gallery(self, columns=3):

@@ -61,14 +61,14 @@ def check_first_step(look, grad_norm, run):
     """The self-check of step 0: at equal weights the loss is known, and there is a gradient."""
     loss, expected, apart = look
     tolerance = TOLERANCE[run.config.dtype]
-    line = (f"step 0: loss {loss:.6f} (predicted {expected:.6f}) | largest |log-ratio| {apart:.1e} "
-            f"| gradient norm {grad_norm:.3g}")
+    line = (f"step 0: loss {loss:.6f} (predicted {expected:.6f}) | log-ratios up to {apart:.2g} "
+            f"| gradient {grad_norm:.3g}")
     if grad_norm == 0 and run.recipe.online:                 # such as a task not solved once yet
-        return say(line + " | no gradient yet: the rewards of each group are equal")
+        return say(line + "\n        no gradient yet: the rewards of each group are equal")
     if grad_norm == 0:
         raise SystemExit(line + " | no gradient: are all weights frozen, or both lambdas 0?")
     if not run.must_be_equal():
-        return say(line + " | policy and reference start apart")
+        return say(line + "\n        policy and reference start apart")
     if apart > tolerance:
         raise SystemExit(line + " | policy and reference have equal weights, yet a log-ratio "
                          f"exceeds {tolerance}. Known causes: dropout is on; the reference was "

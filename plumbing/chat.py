@@ -172,8 +172,8 @@ def spell_chat(chat, trained, begin, end):
     What follows the last trained token is left out. end False: the last turn gets no end-of-turn.
     """
     last = len(chat.turns) - 1
-    if begin == last:
-        chat.keep_answer(begin)
+    if begin == last and not chat.follows_prompt(begin):
+        chat.put_answer(begin)
     starts = {turn: chat.start(turn) for turn in {begin, *trained}}
     border = starts[begin]
     prompt = chat.ids(chat.whole[:border])
@@ -290,20 +290,20 @@ class Chat:
                 return place + len(said)
         raise ValueError(f"the chat template loses or changes turn {turn} of the conversation")
 
-    def keep_answer(self, turn):
-        """True if the template begins a finished answer with its generation prompt.
+    def follows_prompt(self, turn):
+        """Does the template begin this turn, finished, with its generation prompt?
 
-        If not, the file's answer is put after the generation prompt. For example, DeepSeek-R1's
-        generation prompt ends with <think>, but a finished conversation has no thoughts.
+        DeepSeek-R1's does not: its generation prompt ends with <think>, but a finished conversation
+        has no thoughts.
         """
-        asked = self.text(turn, ask=True) if turn else ""
-        if self.whole.startswith(asked):
-            return True
+        return not turn or self.whole.startswith(self.text(turn, ask=True))
+
+    def put_answer(self, turn):
+        """Put the last turn after the generation prompt, as the file has it."""
         content = self.messages[turn]["content"]
         if not content:
             raise ValueError("the chat template hides where the tool calls begin")
-        self.whole = asked + content + self.tokenizer.end_of_turn.text
-        return False
+        self.whole = self.text(turn, ask=True) + content + self.tokenizer.end_of_turn.text
 
 
 def message_of(turn):
@@ -429,5 +429,5 @@ def oddities(example, prompt, tokenizer):
     for answer in answers:
         if answer and isinstance(answer, str):
             whole = Chat((*prompt, Turn("assistant", answer)), tokenizer)
-            if not whole.keep_answer(len(prompt)):
+            if not whole.follows_prompt(len(prompt)):
                 yield "answers"

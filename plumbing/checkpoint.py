@@ -96,8 +96,8 @@ def write_shards(folder, tensors):
 
 def load(folder, policy, optimizer, running, reference=None):
     """Fill everything in from the newest checkpoint that can be read.   -> steps done"""
+    import torch.distributed.checkpoint as dcp
     for path in reversed(saved(folder)):
-        import torch.distributed.checkpoint as dcp
         try:
             state = read_json(path / "state.json", path)
             check(path, state)
@@ -119,7 +119,7 @@ def load(folder, policy, optimizer, running, reference=None):
 
 def check(path, state):
     """ValueError if a file is missing, which dcp would skip silently, or state.json is wrong."""
-    if state["step"] != int(path.name.removeprefix("step-")):
+    if state["step"] != steps_of(path):
         raise ValueError(f"step is {state['step']!r:.60}")
     check_kind(state["updates"], int, "updates")
     if not all(isinstance(value, (int, float)) for value in state["running"].values()):
@@ -130,7 +130,15 @@ def check(path, state):
 
 
 def saved(folder):
-    return sorted(path for path in Path(folder).glob("step-*") if not path.suffix)
+    """The complete checkpoints, oldest first."""
+    found = [path for path in Path(folder).glob("step-*") if not path.suffix]
+    return sorted(found, key=steps_of)
+
+
+def steps_of(path):
+    """step-000250 -> 250. As texts, step-1000000 would come before step-999999."""
+    name = path.name.removeprefix("step-")
+    return int(name) if name.isdigit() else -1
 
 
 # --- the model and the reference's table --------------------------------------------------------

@@ -334,6 +334,7 @@ class TokenClassifier(nn.Module):
             self.get_output_embeddings()  # an error where the head is called otherwise
         for name in sorted({*info["missing_keys"]} - {"score.weight"}):  # a new head may be made
             raise SystemExit(f"--{flag} {folder}: its files have no {name}")
+        refuse_more_layers(self.classifier, info["unexpected_keys"], f"--{flag} {folder}")
         self.config = self.classifier.config
         self.name_or_path = str(folder)
         if self.config.pad_token_id == self.config.eos_token_id:
@@ -498,12 +499,25 @@ def load_lm(folder, dtype, trust_remote_code, flag):
     misshapen = [name for name, found, wanted in info["mismatched_keys"]]
     for name in sorted([*info["missing_keys"], *misshapen]):
         raise SystemExit(f"--{flag} {folder}: its files have no {name} of the config's shape")
+    refuse_more_layers(lm, info["unexpected_keys"], f"--{flag} {folder}")
     if dtype == torch.float64 and hasattr(lm, "set_experts_implementation"):
         lm.set_experts_implementation("eager")  # the fast ones have no float64
     if torch.cuda.is_available() and dtype in SIXTEEN_BITS and is_flash_attn_2_available():
         if lm._supports_flash_attn:  # flat rows then cost no N x N
             lm.set_attn_implementation("flash_attention_2")
     return lm
+
+
+def refuse_more_layers(lm, unused, said):
+    """Stop if an unused tensor is named like one of ours, but for the layer: layers.5, layers.0.
+
+    Then the config has fewer layers than the files. Other unused tensors, a tied head, do no harm.
+    """
+    ours = set(lm.state_dict())
+    for name in sorted(unused):
+        twin = re.sub(r"\.\d+\.", ".0.", name, count=1)
+        if twin != name and ours & {twin, f"{lm.base_model_prefix}.{twin}"}:
+            raise SystemExit(f"{said}: its files have {name}, but its config has fewer layers")
 
 
 # --- adapters: LoRA (Hu et al. 2021, arXiv 2106.09685), by the peft library 

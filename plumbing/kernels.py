@@ -1,7 +1,7 @@
 """Faster code for what model.py computes in a plain way, with the same results.
 
     blocked_log_probs    the head by blocks of the vocabulary, if there are too many logits
-    varlen_attention     attention of all sequences in one kernel, on GPUs
+    varlen_attention     attention of all sequences in one kernel, on a GPU
     compile_head         --compile
 """
 
@@ -15,7 +15,10 @@ from model import log_probs, loop_attention, pieces_of, widened
 
 # --- the head by blocks of the vocabulary -------------------------------------------------------
 
-KEPT = 2 ** 25  # so many logits, 128 MB, are kept for backward; more are computed again there
+# Up to this many exponentials of logits (128 MB) stay in memory for backward. If there are more,
+# none stays: backward computes the logits again, block by block.
+KEPT = 2 ** 25
+
 
 def blocked_log_probs(hidden, weight, targets, most):
     """model.head_log_probs with at most `most` logits at a time.   (M, d), (V, d), (M,) -> (M,)"""
@@ -25,7 +28,7 @@ def blocked_log_probs(hidden, weight, targets, most):
         weight = weight.to(torch.get_autocast_dtype(device))
     size = max(1, most // len(targets))
     if size > 64:
-        size -= size % 64  # rows of logits then begin where vectors do
+        size -= size % 64  # aligns each row of logits for vector instructions
     keep = torch.is_grad_enabled() and len(targets) * len(weight) <= KEPT
     return BlockedHead.apply(hidden, weight, targets, size, keep)
 
@@ -37,14 +40,14 @@ class BlockedHead(torch.autograd.Function):
         backward    dL/dz_v = g (1[v = y] - p_v)               g = dL/dlog p(y)
                     dL/dh = sum_v dL/dz_v W_v                  dL/dW_v = sum_m dL/dz_mv h_m
 
-    A block's p_v are exp(z_v - top) exp(top - log sum), so backward takes no exponentials anew
-    where the first factor was kept.
+    In a block p_v = exp(z_v - top) exp(top - log sum). The first factor is known in forward. If it
+    is kept (`keep`), backward needs one exponential per position and block, and no product h W^T.
     """
 
     @staticmethod
     def forward(ctx, hidden, weight, targets, size, keep):
         log_sums, target_logits = [], []
-        kept = []  # of each block, if they are few enough
+        kept = []  # with `keep`: the first factor and `top` of each block
         for start in range(0, len(weight), size):
             logits = hidden @ weight[start:start + size].t()
             shares, top, log_sum, at_target = compiled(block_sums)(logits, targets - start)
@@ -159,5 +162,5 @@ def varlen_is_right(device, dtype, heads, d):
         except (ImportError, RuntimeError, TypeError, ValueError):
             return False
         results.append([out, *gradients])
-    # bf16 has a relative error of 2^-8, here a few times in a row.
+    # bf16 rounds with a relative error of 2^-8, and here several roundings add up.
     return all(bool((a - b).abs().max() <= 0.05 * a.abs().max()) for a, b in zip(*results))

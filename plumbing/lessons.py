@@ -1,4 +1,7 @@
-"""One comparison of two responses, for the lessons of dpo_variants.py and objective.py."""
+"""One comparison of two responses, for the lessons of dpo_variants.py and objective.py.
+
+`python dpo_variants.py` prints the page of `descend_each`.
+"""
 
 import torch
 import torch.nn.functional as F
@@ -45,3 +48,28 @@ def mean_loss(loss, log_odds, **settings):
         told = comparison(log_odds, first, first_won)
         total = total + share * loss(*(told[name] for name in names), **settings).sum()
     return total
+
+
+def descend_each(losses):
+    """A line for each loss: its value and slope at the reference, and where descent ends."""
+    print("A beats B in 80 of 100 comparisons. The reference says each half the time.")
+    print("beta is 1. Slope: by log pi(A) / pi(B). Descent starts at the reference.\n")
+    print("                  loss    slope   pi(A) where descent ends")
+    for name, loss in losses.items():
+        value, slope, rest = descend(loss)
+        print(f"{name:14}{value:9.2f} {slope:+8.2f}{rest:8.2f}  {'#' * round(36 * rest)}")
+
+
+def descend(loss, steps=30):
+    """Descent on the log odds of A, by the slope's sign.  -> first loss, first slope, pi(A)"""
+    log_odds = torch.zeros((), requires_grad=True)
+    path = []
+    stride = 0.5
+    for _ in range(steps):
+        mean = mean_loss(loss, log_odds, beta=1.0)
+        slope, = torch.autograd.grad(mean, log_odds)
+        path.append((mean.item(), slope.item()))
+        if slope * path[-2:][0][1] < 0:                          # it went too far
+            stride = stride / 2
+        log_odds.data -= stride * slope.sign()
+    return *path[0], log_odds.sigmoid().item()

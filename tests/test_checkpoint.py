@@ -78,6 +78,14 @@ def test_the_last_two_are_kept_and_a_half_one_is_not_seen(saved):
     assert [path.name for path in checkpoint.saved(folder)] == ["step-000004", "step-000006"]
 
 
+def test_the_newest_is_found_by_its_number(saved):
+    folder, learners = saved
+    for steps in (999_998, 999_999, 1_000_000):
+        learners[4].save(folder, steps)
+    assert [path.name for path in checkpoint.saved(folder)] == ["step-999999", "step-1000000"]
+    assert Learner(seed=1).load(folder) == 1_000_000
+
+
 # --- damage -------------------------------------------------------------------------------------
 
 def cut_short(folder):

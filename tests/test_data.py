@@ -389,7 +389,8 @@ def test_prompts_alone_are_shown_and_a_missing_label_is_named(tmp_path, capsys):
     show.main([str(path)])
     shown = capsys.readouterr().out
     assert "prompts alone 2" in shown and "line 1\n    Why?\n" in shown and "lambda" not in shown
-    with pytest.raises(SystemExit, match="nearest: prompt .* completion .* label, which lacks label"):
+    lacks = "nearest: prompt .* completion .* label, which lacks label"
+    with pytest.raises(SystemExit, match=lacks):
         formats.parse({"prompt": "Why?", "completion": "Vents."}, "row 1")
 
 

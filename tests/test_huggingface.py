@@ -3,6 +3,7 @@ give, its probes reject what would be silently wrong, and adapters are what peft
 
 import json
 import math
+import re
 import shutil
 from functools import partial
 from types import SimpleNamespace
@@ -365,6 +366,23 @@ def test_folders_that_are_not_right_are_a_one_line_error_that_names_them(folder,
     assert "no *.safetensors" in one_line(load_policy, place)
 
 
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_a_config_with_fewer_layers_than_the_files_is_a_one_line_error(kind, folder, tmp_path):
+    def as_the_hub_has_gpt2(tensors):
+        for name in [*tensors]:
+            tensors[name.removeprefix("transformer.")] = tensors.pop(name)
+
+    place = spoiled(folder(kind), tmp_path / kind, as_the_hub_has_gpt2)
+    config = json.loads((place / "config.json").read_text())
+    load_policy(place)
+    for name in config.keys() & {"num_hidden_layers", "n_layer"}:
+        config[name] = 1
+    config.pop("layer_types", None)
+    (place / "config.json").write_text(json.dumps(config))
+    line = one_line(load_policy, place)
+    assert line.startswith(f"--model {place}: ") and re.search(r"\.1\..*fewer layers", line)
+
+
 def test_our_own_gpt_comes_back_as_our_own_and_a_tied_head_is_not_missed(folder, tmp_path):
     gpt().save(tmp_path / "own")
     assert isinstance(load_policy(tmp_path / "own"), model.GPT)
@@ -594,3 +612,6 @@ def test_a_classifier_may_lack_its_head_and_nothing_else(classifier, folder, tmp
     found = dict(load(folder("llama")).classifier.named_parameters())  # a language model
     wanted = dict(load_policy(folder("llama")).lm.named_parameters())
     assert torch.equal(found[body], wanted[body])
+    config = json.loads((classifier / "config.json").read_text())
+    (classifier / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 1}))
+    assert "model.layers.1." in one_line(load, classifier)

@@ -156,7 +156,7 @@ def test_the_helpers_fit_the_page_and_the_glossary_has_twenty_words():
     assert len(re.findall(r"^\| ", glossary, re.M)) == 1 + 20
 
 
-# --- the run ----------------------------------------------------------------------------------------
+# --- the run --------------------------------------------------------------------------------------
 
 
 def test_a_notebook_runs_without_errors(run):

@@ -119,6 +119,14 @@ def test_how_far_step_0_may_be_off_depends_on_the_dtype(capsys):
             announce.check_first_step((0.5, 0.5, 0.0), 0.0, run_)
 
 
+def test_what_step_0_prints_fits_the_page(capsys):
+    for equal, gradient in ((True, 1.23e-5), (False, 1.23e-5), (True, 0.0)):
+        run_ = SimpleNamespace(config=SimpleNamespace(dtype="bf16"), must_be_equal=lambda: equal,
+                               recipe=SimpleNamespace(online=True))
+        announce.check_first_step((0.693147, 0.693147, 1.2e-4), gradient, run_)
+        assert max(map(len, capsys.readouterr().out.splitlines())) <= 95
+
+
 def test_step_0_stops_when_the_reference_is_not_the_policy_it_should_be(lab, tmp_path, monkeypatch):
     """As if an adapter were missing from the reference; and a broken table of log-probs."""
     real = Run.reference_table

@@ -31,7 +31,7 @@ QUICK_BASE = {"pretrain_steps": 30, "sft_steps": 30}
 REPLIES = {"report": 2400, "tune": 480}                  # to the questions of each part
 KL_REPLIES = 960                                         # of them; its noise is .03 nats then
 
-evaluate.plot_curves = evaluate.plot_frontier = lambda *_, **__: None    # not for each of 1,000 runs
+evaluate.plot_curves = evaluate.plot_frontier = lambda *_, **__: None    # 1,000 runs need none
 
 
 class Arm(NamedTuple):

@@ -80,8 +80,8 @@ REMEDIES = {
 @claim("A run that runs away shows it early, and a remedy exists", "this project's own runs",
        UNTREATED | REMEDIES, [partial(early_signs, falls_and_kl=falls_and_kl), "kl", "malformed"])
 def runaway(runs):
-    """KTO with a weak leash. The sign: log pi of DESIRABLE replies falls from the first to the second
-    fifth of the run. Undesirable replies are pushed down without an end, and what both kinds share
+    """KTO with a weak leash. The sign: log pi of DESIRABLE replies falls from the first fifth of the
+    run to the second. Undesirable replies are pushed down without an end, and what both kinds share
     goes down with them.
     """
     falls, kl = falls_and_kl(runs, UNTREATED)

@@ -36,7 +36,7 @@ HUMANLINE = {f"humanline {loss}": arm(f"humanline_{loss}", "world") for loss in 
 
 
 def path_at(runs, label, column, wanted):
-    """Utility on the way (tuning questions) where step (column 0) or KL (1) is `wanted`; by seed."""
+    """Utility on the way (tuning questions) where the step (column 0) or the KL (1) is `wanted`."""
     found = []
     for run, x in zip(runs.of(label), np.broadcast_to(wanted, runs.seeds)):
         way = np.array([[0, 0, run["reward_ref"]], *run["path"]])

@@ -4,7 +4,7 @@
     2  of these six the one with the most utility on the TUNING questions within 2 nats
     3  that one with five seeds, on the reporting questions
 
-The score is its share of the frontier: (utility - reference's) / (frontier at its KL - reference's).
+Its share of the frontier is (utility - reference's) / (frontier at its KL - reference's).
 """
 
 import math
@@ -25,7 +25,7 @@ SHORT = {"sdpo_stepwise": {"steps": 75}, "tr_dpo": {"ref_every": 40}}
 FAMILIES = {                                             # what a method learns from -> colour
     "thumbs": "thumbs", "pairs": "pairs", "sessions": "pairs of conversations",
     "replies": "good replies", "prompts": "its own replies, judged"}
-LEFT_OUT = {"sft", "rm", "sdpo_segment"}                 # no preferences; no policy; other questions
+LEFT_OUT = {"sft", "rm", "sdpo_segment"}                 # no preferences; no policy; sessions
 NAMES = [name for name in dict.fromkeys([*recipes.LOSSES, *recipes.RECIPES])
          if name not in LEFT_OUT]
 

@@ -110,7 +110,9 @@ def claims(every, found):
 def seeds_of(one):
     if not one["runs"]:
         return "exact"
-    return str(one["seeds"]) if one["seeds"] >= one["asked"] else f"{one['seeds']} of {one['asked']}"
+    if one["seeds"] < one["asked"]:
+        return f"{one['seeds']} of {one['asked']}"
+    return str(one["seeds"])
 
 
 def rate(count, n):

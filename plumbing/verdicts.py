@@ -129,8 +129,9 @@ def in_words(check):
         return f"{mean:+.3g}, one seed"
     if check["verdict"] != UNDECIDED:
         return f"{mean:+.2f} [{low:+.2f}, {high:+.2f}]"
-    return (f"between {low:+.2f} and {high:+.2f}, {check['up']} of {check['seeds']} seeds up; about "
-            f"{check['seeds_needed']} seeds would decide")
+    up, seeds, needed = check["up"], check["seeds"], check["seeds_needed"]
+    return (f"between {low:+.2f} and {high:+.2f}, {up} of {seeds} seeds up; about {needed} seeds "
+            "would decide")
 
 
 def overall(checks):
@@ -156,8 +157,8 @@ def by_chance(checks):
     while together < len(risks) and risks[together] < 0.025 / (len(risks) - together):
         together += 1
     decided = sum(check["verdict"] in (HOLDS, FAILS) for check in measured)
-    return (f"{len(measured)} parts are measured over seeds and {decided} of them are decided, each "
-            f"with a risk of at most 2.5 %: if every true difference lay exactly at its bound, "
+    return (f"{len(measured)} parts are measured over seeds and {decided} of them are decided, "
+            "each with a risk of at most 2.5 %: if every true difference lay exactly at its bound, "
             f"about {0.025 * len(measured):.1f} verdicts would be false. {together} of them hold "
             "together at that risk (Holm 1979)")
 

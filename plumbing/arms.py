@@ -78,9 +78,14 @@ def preferences(on, seed, base):
         return [row | {"label": True} for row in unjudged(texts)]
     if on == "own replies":
         return own_replies(seed, base)
-    if on == "expert up":
-        return [row | {"label": kind == "expert"} for kind in ("expert", "sft")
-                for row in unjudged(world.dialogues(n, seed + 2, kind))]
+    if "up" in on:                                       # only up, nine up one cell
+        return thumbs_up("one cell" in on, seed, down=0.1 * ("nine" in on))
+    if on == "one cell":
+        texts = of_one_cell(seed, "sft")
+        rng = random.Random(f"one cell {seed}")
+        rows = [annotate(rng, prompt, (first, second))
+                for (prompt, first), (_, second) in zip(texts[::2], texts[1::2])]
+        return [row for row in rows if row["chosen"] != row["rejected"]]
     rows = world.pairs(n, seed, flip=how.pop("flip", 0.0))
     if on == "likes length":
         rng = random.Random(f"length {seed}")
@@ -88,12 +93,6 @@ def preferences(on, seed, base):
                 for pair in rows]
     if on == "never said":
         return never_said(rows, seed)
-    if on == "one topic":
-        device, _ = world.parse_prompt(rows[0]["prompt"])
-        return [row for row in rows if world.parse_prompt(row["prompt"])[0] == device]
-    if on == "twofold":
-        return [row | {side: f"{row[side]} {other[side]}" for side in ("chosen", "rejected")}
-                for row, other in zip(rows, rows[1:])]
     if "one thumb" in on:
         rng = random.Random(f"one thumb {seed}")
         rows = [rng.choice(world.thumbs([pair], 0)) for pair in rows]
@@ -104,6 +103,24 @@ def preferences(on, seed, base):
 
 def unjudged(texts):
     return [{"prompt": prompt, "completion": reply} for prompt, reply in texts]
+
+
+def of_one_cell(seed, mix):
+    """Texts about one problem of one device, asked in four wordings: any reply fits any prompt."""
+    texts = world.dialogues(40_000, seed + 2, mix)
+    cell = tuple(world.split()["train"][seed])
+    return [text for text in texts if world.parse_prompt(text[0]) == cell]
+
+
+def thumbs_up(one_cell, seed, down=0.0):
+    """An expert's replies, all liked; and a share of ordinary ones, all disliked."""
+    rows = []
+    for mix, label in (("expert", True), ("sft", False)):
+        texts = of_one_cell(seed, mix) if one_cell else world.dialogues(N, seed + 2, mix)
+        share = 1 - down if label else down
+        kept = texts[:round(share * len(texts))]
+        rows += [row | {"label": label} for row in unjudged(kept)]
+    return rows
 
 
 def annotate(rng, prompt, replies, per_word=0.0):

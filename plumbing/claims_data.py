@@ -95,24 +95,28 @@ def runaway(runs):
                            untreated - np.log(runs(name, "kl"))) for name in REMEDIES]
 
 
-REGIMES = {"pairs": "pairs", "own replies": "own replies", "native thumbs": "native",
-           "thumbs up for an expert": "expert up", "one topic": "one topic",
-           "two-fold replies": "twofold"}
+REGIMES = {
+    "pairs": "pairs", "pairs that the reference wrote": "own replies",
+    "pairs, one topic": "one cell", "an expert's replies, all liked": "only up",
+    "the same, one topic": "only up one cell", "one topic, nine of ten liked": "nine up one cell"}
 REGIME_ARMS = {name: arm("kto", on, beta=0.5, z0="estimate") for name, on in REGIMES.items()}
 
 
-@claim("Mismatched z0 is below 0 and clamped, unless the responses are unlike the reference's",
-       "this project's own runs; see also results/real", REGIME_ARMS, [regimes], seeds=6)
+@claim("Mismatched z0 is below 0, and clamped, unless replies fit each other's prompts and most are "
+       "liked", "this project's own runs; a real model: results/real", REGIME_ARMS, [regimes],
+       seeds=6)
 def z0_regimes(runs):
-    """The estimate before the clamp, mean of the run's last fifth, in nats; one thing is changed in
-    each arm: who wrote the responses, how alike the prompts are, how long the responses.
+    """The estimate before the clamp, mean of the run's last fifth, in nats.
+
+    `one topic`: one problem of one device in four wordings, so any reply fits any prompt. A reply
+    under a prompt that it fits keeps its log-ratio. So the estimate is the mean log-ratio of the
+    file's own replies: above 0 only if most of them are liked.
     """
     checks = []
     for name in runs.arms:
         last = np.array([run["early"]["z0_raw"][-1] for run in runs.of(name)])
-        bound = dict(above=0.0)
-        sign = ">"
-        if name != "thumbs up for an expert":
-            bound, sign = dict(above=-np.inf, below=0.0), "<"
-        checks.append(check(f"{name}: mismatched estimate {sign} 0", last, **bound))
+        if REGIMES[name].endswith("up one cell"):
+            checks.append(check(f"{name}: the estimate is above 0", last))
+        else:
+            checks.append(check(f"{name}: it is below 0", -last))
     return checks

@@ -127,7 +127,7 @@ def in_words(check):
         return f"{mean:+.3g}"
     if math.isinf(low):
         return f"{mean:+.3g}, one seed"
-    if check["verdict"] != UNDECIDED:
+    if check["verdict"] != UNDECIDED or "seeds_needed" not in check:
         return f"{mean:+.2f} [{low:+.2f}, {high:+.2f}]"
     up, seeds, needed = check["up"], check["seeds"], check["seeds_needed"]
     return (f"between {low:+.2f} and {high:+.2f}, {up} of {seeds} seeds up; about {needed} seeds "

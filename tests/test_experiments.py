@@ -198,15 +198,14 @@ def test_preferences_are_what_their_names_say(monkeypatch):
     assert len(some) == 500 and 200 < sum(row["label"] for row in some) < 300    # 4.5 of their sd
     rare = arms.preferences("500 pairs desirable 0.111", 0, None)
     assert len(rare) == 500 + 56 and sum(row["label"] for row in rare) == 56
-    experts = arms.preferences("expert up", 0, None)
-    liked = [world.utility(row["prompt"], row["completion"]) for row in experts if row["label"]]
-    others = [world.utility(row["prompt"], row["completion"]) for row in experts
-              if not row["label"]]
-    assert len(liked) == len(others) == 1500 and np.mean(liked) > np.mean(others) + 1
-    topic = arms.preferences("one topic", 0, None)
-    assert len({world.parse_prompt(row["prompt"])[0] for row in topic}) == 1 and len(topic) > 50
+    experts = arms.preferences("nine up one cell", 0, None)
+    assert len({world.parse_prompt(row["prompt"]) for row in experts}) == 1 and len(experts) > 400
+    assert np.mean([row["label"] for row in experts]) == pytest.approx(0.9, abs=0.02)
+    liked, others = ([world.utility(row["prompt"], row["completion"]) for row in experts
+                      if row["label"] is label] for label in (True, False))
+    assert np.mean(liked) > np.mean(others) + 1
+    assert all(row["label"] for row in arms.preferences("only up", 0, None))
     fair = arms.preferences("pairs", 0, None)
-    assert longer(fair) < longer(arms.preferences("twofold", 0, None)) + 3
     assert longer(arms.preferences("likes length", 0, None)) > longer(fair) + 2
     flipped = arms.preferences("flip 0.4", 0, None)
     same = np.mean([a["chosen"] == b["chosen"] for a, b in zip(fair, flipped)])

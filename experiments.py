@@ -36,8 +36,7 @@ import torch
 
 import train
 import world
-from plumbing import (claim_plots, claims_data, claims_online, methods, plots,  # noqa: F401
-                      rundir, store, tables)
+from plumbing import claim_plots, methods, plots, rundir, store, tables
 from plumbing.arms import COMMON, arm
 from plumbing.claim_plots import curves, plane
 from plumbing.claims import (AUTO, BETA_ARMS, CLAIMS, DPO, DPO_CURVE, KTO, LEASH, MATTERS, claim)
@@ -49,7 +48,7 @@ RESULTS = Path(__file__).parent / "results"
 RATES = (2e-4, 5e-4, 1e-3, 2e-3)
 
 
-# --- the claims; more of them in plumbing/claims_data.py and claims_online.py ---------------------
+# --- the papers' claims about offline objectives --------------------------------------------------
 
 def at_rate(loss, rate):
     """With beta 0.5; the common rate goes without saying."""
@@ -366,6 +365,10 @@ def exact_frontier(runs):
     worst = max(run["reward_low"] - run["best"] for run in ends)
     return [judged("largest (lower end of a run's utility - frontier at its KL), all runs, <= 0",
                    (worst, worst, worst), below=0)]
+
+
+# Further claims register themselves: on data and settings, and on who writes the responses.
+from plumbing import claims_data, claims_online  # noqa: E402, F401
 
 
 # --- running and judging --------------------------------------------------------------------------

@@ -56,9 +56,16 @@ def dots(ax, runs, keys):
             ax.scatter(values.mean(), place, s=90, marker="|", lw=2, color=COLOURS[k], zorder=3)
     ax.set_yticks(range(len(labels)), labels)
     ax.set_ylim(len(labels) - 0.5, -0.5)
-    ax.legend(frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.08), ncol=2)
-    if "d_chosen" in keys:
+    ax.set_xlabel(WORDS[keys[0]])
+    if len(keys) > 1:
+        ax.set_xlabel("")
+        ax.legend(frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.08), ncol=len(keys))
+    if "d_chosen" in keys:                               # nats, some of them far below 0
         ax.set_xscale("symlog", linthresh=1)
+        low, high = ax.get_xlim()
+        ticks = [tick for tick in (-100, -30, -10, -3, -1, 0, 1, 3) if low <= tick <= high]
+        ax.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+        ax.minorticks_off()
         ax.axvline(0, color=BLACK, lw=0.8, ls=":")
 
 
@@ -77,6 +84,8 @@ def curves(ax, runs, knob="", key="reward"):
         ax.set_xscale("log")
         ax.set_xticks(list(points), [f"{x:g}" for x in points])
         ax.minorticks_off()
+    else:
+        ax.set_xticks(list(points), [f"{x:.0%}" for x in points])
     ax.legend(frameon=False)
 
 
@@ -162,7 +171,8 @@ def early_signs(ax, runs, falls_and_kl):
         falls, kl = falls_and_kl(runs, [label])
         ax.scatter(falls, kl, s=24, label=label, **look(k))
     ax.set_yscale("log")
-    ax.set_yticks([1, 2, 5, 10, 20], ["1", "2", "5", "10", "20"])
+    ax.set_yticks([0.5, 1, 2, 5, 10], ["0.5", "1", "2", "5", "10"])
+    ax.minorticks_off()
     ax.set(xlabel="log pi(chosen): fall from the run's first to its second fifth, nats",
            ylabel="KL at the end, nats")
     ax.legend(frameon=False, fontsize=7)

@@ -302,11 +302,12 @@ def share_dots(ax, arms, stored, extra="kl"):
     unit = {"kl": "nats", "length": "tokens"}[extra]
     names = [f"{label}  ({end[extra]:{'.2f' if end[extra] < 10 else '.0f'}} {unit})"
              for label, end in ends.items()]
-    dots = ax.scatter([end["share"] for end in ends.values()], range(len(ends)), s=60,
+    shares = [max(-1, end["share"]) for end in ends.values()]            # what is below: there
+    dots = ax.scatter(shares, range(len(ends)), s=60,
                       c=[100 * end["malformed"] for end in ends.values()], cmap="cividis_r",
                       vmin=0, vmax=30, edgecolor=GREY, zorder=3)
-    for place, end in enumerate(ends.values()):
-        ax.plot([0, end["share"]], [place, place], color=GREY, lw=1)
+    for place, share in enumerate(shares):
+        ax.plot([0, share], [place, place], color=GREY, lw=1)
     ax.set_yticks(range(len(ends)), names)
     ax.set(xlim=(-1.05, 1.05), ylim=(len(ends) - 0.5, -0.5))
     dotted(ax, 0)

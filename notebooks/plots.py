@@ -9,6 +9,7 @@ import textwrap
 from pathlib import Path
 
 import matplotlib.pyplot as plt
+import numpy as np
 import torch
 
 import data
@@ -258,3 +259,63 @@ def ways_in_plane(ax, ways, looks, kl_max):
         color, ls = looks[name]
         ax.plot(*points.T, color=color, ls=ls, lw=1.5)
         ax.plot(*points[-1], "o", ms=6, color=color, mec="white", zorder=3)
+
+
+# --- stored runs -----------------------------------------------------------------------------
+
+def mean_end(stored, key):
+    """An arm's numbers, each the mean over its seeds; {} without a measured run.
+
+    stored: of plumbing.store.read. share: of what the frontier gives at this KL above the
+    reference, how much the arm has gained.
+    """
+    runs = [run for run in stored.get(key, {}).values() if "kl" in run]
+    if not runs:
+        return {}
+    found = {name: float(np.mean([run[name] for run in runs]))
+             for name, value in runs[0].items() if isinstance(value, (int, float))}
+    gain, most = found["reward"] - found["reward_ref"], found["best"] - found["reward_ref"]
+    return found | {"seeds": len(runs), "share": gain / most}
+
+
+def mean_way(stored, key):
+    """[step, KL, utility] from the reference on, the mean over seeds.   (n, 3), or None
+
+    An arm that was not watched on its way has its end alone, as step 1.
+    """
+    runs = [run for run in stored.get(key, {}).values() if "kl" in run]
+    if not runs:
+        return None
+    return np.mean([[[0, 0, run["reward_ref"]],
+                     *(run["path"] or [[1, run["tune"]["kl"], run["tune"]["reward"]]])]
+                    for run in runs], 0)
+
+
+def say_missing(stored, arms, command):
+    """One line, if arms have no runs: how many, and what makes them."""
+    arms = set(arms)                     # claims share them
+    missing = sum(not mean_end(stored, arm.key) for arm in arms)
+    if missing:
+        print(f"{missing} of {len(arms)} arms have no runs yet: "
+              f"`python experiments.py {command}`")
+
+
+def share_dots(ax, arms, stored, extra="kl"):
+    """A line per arm, {label: Arm}: its share of the frontier, dark where much is malformed.
+
+    extra: the number that stands behind the label, KL ("kl") or tokens ("length").
+    """
+    ends = {label: end for label, arm in arms.items() if (end := mean_end(stored, arm.key))}
+    unit = {"kl": "nats", "length": "tokens"}[extra]
+    names = [f"{label}  ({end[extra]:{'.2f' if end[extra] < 10 else '.0f'}} {unit})"
+             for label, end in ends.items()]
+    shares = [max(-1, end["share"]) for end in ends.values()]            # what is below: there
+    dots = ax.scatter(shares, range(len(ends)), s=60,
+                      c=[100 * end["malformed"] for end in ends.values()], cmap="cividis_r",
+                      vmin=0, vmax=30, edgecolor=GREY, zorder=3)
+    for place, share in enumerate(shares):
+        ax.plot([0, share], [place, place], color=GREY, lw=1)
+    ax.set_yticks(range(len(ends)), names)
+    ax.set(xlim=(-1.05, 1.05), ylim=(len(ends) - 0.5, -0.5))
+    dotted(ax, 0)
+    return dots

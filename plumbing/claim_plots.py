@@ -134,7 +134,8 @@ def on_the_way(ax, runs, only=()):
     farthest = 0.0
     for k, label in enumerate(labels):
         paths = [[[0, 0, run["reward_ref"]], *run["path"]] for run in runs.of(label)]
-        style = look(k) | {"ls": "--" if "learnt" in label else "-"}
+        dashed = "learnt" in label or "weak" in label
+        style = look(k) | {"ls": "--" if dashed else "-"}
         if len(paths[0]) > 1:
             way = np.mean(paths, 0)
             ax.plot(way[:, 1], way[:, 2], ms=3, lw=1.2, label=label, **style)

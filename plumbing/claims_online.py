@@ -35,7 +35,9 @@ LEARNT = {f"{loss}, learnt reward": online(loss, "rm", **leash)
           for loss, leash in (("dpo", {"beta": 2.0}), ("kto", {"beta": 2.0}),
                               ("grpo", {"kl_coef": 0.2}), ("dr_grpo", {"kl_coef": 0.2}),
                               ("ppo", {"kl_coef": 0.2}))}
-WEAK = {f"{loss}, learnt reward, weak leash": online(loss, "rm") for loss in ("dpo", "kto", "grpo")}
+HELD = ("dpo", "kto", "grpo")
+LEASHES = ({f"{loss}, weak leash": online(loss, "rm") for loss in HELD}
+           | {f"{loss}, strong leash": LEARNT[f"{loss}, learnt reward"] for loss in HELD})
 OFFLINE = {f"offline {loss}": arm(loss, "world", steps=480) for loss in ("dpo", "kto")}
 HUMANLINE = {f"humanline {loss}": arm(f"humanline_{loss}", "world") for loss in ("dpo", "kto")}
 
@@ -135,20 +137,19 @@ def ppo_dpo_kto(runs):
 
 
 @claim("Against a learnt reward true utility rises and then falls, and a leash prevents it",
-       "Gao et al. 2023 (2210.10760)", WEAK | {name.removesuffix(", weak leash"):
-       LEARNT[name.removesuffix(", weak leash")] for name in WEAK},
-       [on_the_way, "reward", "malformed"], seeds=SEEDS)
+       "Gao et al. 2023 (2210.10760)", LEASHES, [on_the_way, "reward", "malformed"], seeds=SEEDS)
 def overoptimisation(runs):
     """Best: at the step that is best in the other seeds, so that its own noise does not choose."""
     checks = []
-    for weak in WEAK:
+    for loss in HELD:
+        weak, strong = f"{loss}, weak leash", f"{loss}, strong leash"
         paths = np.array([[point[2] for point in run["path"]] for run in runs.of(weak)])
         others = (paths.sum(0) - paths) / max(1, len(paths) - 1)
         best = paths[np.arange(len(paths)), others.argmax(1)]
-        name = weak.split(",")[0].upper()
-        checks += [check(f"{name}, weak leash: true utility rises: best on the way - reference > 0",
+        name = loss.upper()
+        checks += [check(f"{name}, weak leash: utility rises: best on the way - reference > 0",
                          best - runs(weak, "reward_ref")),
                    check("... and falls: best on the way - end > 0", best - paths[:, -1]),
-                   runs.check("... less with a strong leash: utility, strong - weak > 0",
-                              weak.removesuffix(", weak leash"), weak)]
+                   runs.check("... and a strong leash helps: utility, strong - weak > 0", strong,
+                              weak)]
     return checks

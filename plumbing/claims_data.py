@@ -81,8 +81,8 @@ REMEDIES = {
 @claim("A run that runs away shows it early, and a remedy exists", "this project's own runs",
        UNTREATED | REMEDIES, [partial(early_signs, falls_and_kl=falls_and_kl), "kl", "malformed"])
 def runaway(runs):
-    """KTO with a weak leash. The sign: log pi of DESIRABLE replies falls from the first fifth of the
-    run to the second.
+    """KTO with a weak leash. The sign: log pi of DESIRABLE replies falls from the first fifth of
+    the run to the second.
 
     With a small beta the loss is about 1/2 - beta/8 times the margin between liked and disliked
     replies. It does not notice if both fall, and replies that nobody rated rise (notebook 07).
@@ -105,8 +105,8 @@ REGIMES = {
 REGIME_ARMS = {name: arm("kto", on, beta=0.5, z0="estimate") for name, on in REGIMES.items()}
 
 
-@claim("Mismatched z0 is below 0, and clamped, unless replies fit each other's prompts and most are "
-       "liked", "this project's own runs; a real model: results/real", REGIME_ARMS, [regimes],
+@claim("Mismatched z0 is below 0, and clamped, unless replies fit each other's prompts and most "
+       "are liked", "this project's own runs; a real model: results/real", REGIME_ARMS, [regimes],
        seeds=6)
 def z0_regimes(runs):
     """The estimate before the clamp, mean of the run's last fifth, in nats.

@@ -3,7 +3,7 @@
     holds                       the whole 95 % interval lies on the claimed side of the bound
     does not hold here          the whole interval lies on the other side
     undecided                   neither; the words say how many seeds would decide
-    too small to matter here    neither, and 500 seeds would not decide
+    too small to matter here    neither, and by ten seeds' spread 500 seeds would not decide
 """
 
 import math
@@ -13,7 +13,7 @@ import numpy as np
 
 HOLDS, FAILS = "holds", "does not hold here"
 UNDECIDED, SMALL = "undecided", "too small to matter here"
-MOST_SEEDS = 500
+MOST_SEEDS, TRUSTED = 500, 10            # a spread of fewer than 10 seeds says little
 BROKEN_KL, BROKEN_TEXTS = 8.0, 0.2       # a run beyond one of them has broken down
 
 
@@ -88,7 +88,8 @@ def check(says, difference, above=0.0, below=math.inf):
         distance = min(abs(found["mean"] - bound) for bound in (above, below))
         found["chance"] = float(tail(distance / error, len(values) - 1))
         found["seeds_needed"] = seeds_needed(distance, values.std(ddof=1))
-        if found["verdict"] == UNDECIDED and found["seeds_needed"] > MOST_SEEDS:
+        hopeless = found["seeds_needed"] > MOST_SEEDS and len(values) >= TRUSTED
+        if found["verdict"] == UNDECIDED and hopeless:
             found["verdict"] = SMALL
     return found
 
@@ -130,8 +131,9 @@ def in_words(check):
     if check["verdict"] != UNDECIDED or "seeds_needed" not in check:
         return f"{mean:+.2f} [{low:+.2f}, {high:+.2f}]"
     up, seeds, needed = check["up"], check["seeds"], check["seeds_needed"]
-    return (f"between {low:+.2f} and {high:+.2f}, {up} of {seeds} seeds up; about {needed} seeds "
-            "would decide")
+    about = f"about {needed}" if needed <= MOST_SEEDS else f"more than {MOST_SEEDS}"
+    return (f"between {low:+.2f} and {high:+.2f}, {up} of {seeds} seeds up; {about} seeds would "
+            "decide")
 
 
 def overall(checks):

@@ -90,8 +90,9 @@ def test_what_is_undecided_says_how_many_seeds_would_decide():
     assert half[1] < values.mean() <= half[0]
     assert f"2 of 4 seeds up; about {n} seeds would decide" in in_words(found)
     assert seeds_needed(1e-6, 1.0) == verdicts.MOST_SEEDS + 1
-    tiny = check("", [0.1, -0.1, 0.1001, -0.1])
-    assert tiny["verdict"] == "too small to matter here"
+    few, many = ([0.1, -0.1, 0.1001, -0.1] * times for times in (1, 3))
+    assert check("", many)["verdict"] == "too small to matter here"
+    assert "more than 500 seeds would decide" in in_words(check("", few))
 
 
 def test_a_claim_has_a_verdict_for_each_part():

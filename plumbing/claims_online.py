@@ -56,8 +56,9 @@ def path_at(runs, label, column, wanted):
        | {"dpo": TRUE["dpo"], "kto": TRUE["kto"]}, [on_the_way, "reward", "align_cpu"], seeds=SEEDS)
 def online_offline(runs):
     """The same loss and the same 8,000 pairs: offline on them, online through a reward model that
-    was fitted to them. Once after as many responses, once at the KL where offline ended, once after
-    as many CPU seconds (the reward model's fit, about 40 s more, is not counted).
+    was fitted to them. Once after as many responses, once at the KL where offline ended (there the
+    online run is still on its way, the offline one has settled), once after as many CPU seconds
+    (the reward model's fit, about 40 s more, is not counted).
     """
     checks = []
     for loss in ("dpo", "kto"):

@@ -11,6 +11,7 @@ import re
 import time
 from functools import lru_cache
 from typing import NamedTuple
+from unittest import mock
 
 import numpy as np
 
@@ -30,8 +31,6 @@ COMMON = {"lr": 5e-4, "steps": 150}                      # of all arms, unless t
 QUICK_BASE = {"pretrain_steps": 30, "sft_steps": 30}
 REPLIES = {"report": 2400, "tune": 480}                  # to the questions of each part
 KL_REPLIES = 960                                         # of them; its noise is .03 nats then
-
-evaluate.plot_curves = evaluate.plot_frontier = lambda *_, **__: None    # 1,000 runs need none
 
 
 class Arm(NamedTuple):
@@ -238,7 +237,7 @@ def run_arm(arm, seed, out, quick=False):
     folder = out / f"{slug(arm.key)}-seed{seed}"
     clock = time.process_time()
     out.mkdir(parents=True, exist_ok=True)
-    with (open(out / f"{folder.name}.log", "w") as log,
+    with (open(out / f"{folder.name}.log", "w") as log, without_pictures(),
           contextlib.redirect_stdout(log), contextlib.redirect_stderr(log)):
         try:
             train.main(command(arm, seed, folder, quick))
@@ -247,6 +246,11 @@ def run_arm(arm, seed, out, quick=False):
         found = measure(arm, seed, folder, quick)
     seconds = json.loads((folder / "eval.json").read_text())["seconds"]
     return found | {"align_cpu": seconds["align_cpu"], "cpu": time.process_time() - clock}
+
+
+def without_pictures():
+    """A picture takes as long as 30 steps, and nobody looks at those of 1,000 runs."""
+    return mock.patch.multiple(evaluate, plot_curves=mock.DEFAULT, plot_frontier=mock.DEFAULT)
 
 
 def measure(arm, seed, folder, quick):

@@ -144,7 +144,7 @@ def on_the_way(ax, runs, only=()):
             ax.scatter(runs(label, "kl"), runs(label, "reward"), s=30, label=label, **look(k))
             farthest = max(farthest, runs(label, "kl").max())
     frontier(ax, kl_max=max(4.4, 1.05 * farthest))
-    ax.legend(frameon=False, loc="lower right", fontsize=7, ncol=1 + (len(labels) > 9))
+    ax.legend(frameon=False, loc="best", fontsize=7)
 
 
 def at_equal_kl(ax, runs, flip=""):
@@ -188,7 +188,7 @@ def regimes(ax, runs):
     ax.axhline(0, color=BLACK, lw=0.8, ls=":")
     ax.set_xticks(range(1, 7), ["first\nfifth", "2", "3", "4", "last\nfifth", "KL at\nthe end"])
     ax.set_ylabel("z0 before the clamp, nats")
-    ax.legend(frameon=False, fontsize=8)
+    ax.legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
 
 
 def everything(ax, runs):

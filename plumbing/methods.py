@@ -17,7 +17,7 @@ from plumbing import store
 from plumbing.arms import arm, tuned
 from plumbing.claim_plots import COLOURS, frontier
 from plumbing.plots import figure
-from plumbing.verdicts import broken, interval
+from plumbing.verdicts import broken, interval, share_interval
 
 SEEDS, MOST_KL = 5, 2.0
 RATES = {False: (2e-4, 5e-4), True: (3e-4, 1e-3)}        # offline, online
@@ -93,15 +93,15 @@ def rows(stored):
     """Cells of the table in results/README.md."""
     cells = []
     for name, one, runs in results(stored):
-        mean, low, high = interval([run["reward"] for run in runs])
-        utility = f"{mean:.2f} [{low:.2f}, {high:.2f}]" if len(runs) > 1 else f"{mean:.2f}"
+        utility = "{:.2f} [{:.2f}, {:.2f}]".format(*interval([run["reward"] for run in runs]))
+        wins = "{:.3f} [{:.3f}, {:.3f}]".format(*share_interval([run["win_rate"] for run in runs]))
         flags = ", ".join(f"{flag} {value:g}" for flag, value in one.flags
                           if isinstance(value, float))
         cells.append((
             f"`{name}`", FAMILIES[family(name)], utility,
             f"{np.mean([run['kl'] for run in runs]):.2f}",
             f"{np.mean([share(run) for run in runs]):.0%}",
-            f"{np.mean([run['win_rate'] for run in runs]):.3f}",
+            wins,
             f"{np.mean([run['malformed'] for run in runs]):.0%}",
             f"{sum(map(broken, runs))} of {len(runs)}",
             f"{np.mean([run['align_cpu'] for run in runs]):.0f}", flags))

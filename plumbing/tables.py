@@ -132,5 +132,5 @@ def breakdowns(found):
 
 def table_of_methods(stored):
     head = ("`--loss`", "learns from", "true utility [95 %]", "KL, nats", "share of the frontier",
-            "win rate", "malformed", "broke down", "CPU s", "chosen settings")
+            "win rate [95 %]", "malformed", "broke down", "CPU s", "chosen settings")
     return markdown(head, methods.rows(stored))

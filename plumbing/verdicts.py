@@ -137,13 +137,17 @@ def in_words(check):
 
 
 def overall(checks):
-    """A claim has one verdict per part; this counts them: "holds", "2 of 3 parts hold"."""
+    """"holds", or where the parts differ "3 of 16 parts hold, 1 does not, 12 undecided"."""
     verdicts = [check["verdict"] for check in checks]
     if len(set(verdicts)) == 1:
         return verdicts[0]
-    if HOLDS in verdicts:
-        return f"{verdicts.count(HOLDS)} of {len(verdicts)} parts hold"
-    return "does not hold here, in part" if FAILS in verdicts else UNDECIDED
+    text = f"{verdicts.count(HOLDS)} of {len(verdicts)} parts hold"
+    fails, small = verdicts.count(FAILS), verdicts.count(SMALL)
+    if fails:
+        text += f", {fails} do{'es' * (fails == 1)} not"
+    if UNDECIDED in verdicts:
+        text += f", {verdicts.count(UNDECIDED)} undecided"
+    return text + f", {small} too small to matter" * bool(small)
 
 
 def by_chance(checks):

@@ -99,8 +99,9 @@ def test_a_claim_has_a_verdict_for_each_part():
     holds, fails, open_ = ({"verdict": verdict} for verdict in
                            ("holds", "does not hold here", "undecided"))
     assert overall([holds, holds]) == "holds" and overall([fails]) == "does not hold here"
-    assert overall([open_, holds]) == "1 of 2 parts hold"
-    assert overall([open_, fails]) == "does not hold here, in part"
+    assert overall([open_, holds]) == "1 of 2 parts hold, 1 undecided"
+    assert overall([open_, fails]) == "0 of 2 parts hold, 1 does not, 1 undecided"
+    assert overall([fails, fails, holds]) == "1 of 3 parts hold, 2 do not"
 
 
 def test_holm_counts_the_verdicts_that_hold_together():

